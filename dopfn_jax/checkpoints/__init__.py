@@ -1,0 +1,146 @@
+"""Weights on disk: safetensors plus a JSON config in one folder; named ones ship inside the package."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from dopfn_jax.config import Config, ConfigError
+from dopfn_jax.model.transformer import DoPFN
+
+DEFAULT_CHECKPOINT = "do_pfn_cpu"
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+# Where a training run keeps its latest weights inside its work directory.
+RUN_WEIGHTS = "weights"
+_FORMAT_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or does not fit; the message names the remedy."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model with the configuration that it was trained under.
+
+    Attributes:
+        name: the shipped name or the folder that it came from.
+        model: the model with its weights.
+        config: prior, model and training of the run that made it.
+        steps: training steps behind the weights.
+    """
+
+    name: str
+    model: DoPFN
+    config: Config
+    steps: int
+
+    @property
+    def covariates(self) -> int:
+        """The most covariates that the model has been trained on."""
+        return self.config.prior.covariates
+
+
+def checkpoint_names() -> list[str]:
+    """Names that `from_pretrained` finds inside the package."""
+    return sorted(path.parent.name for path in Path(__file__).parent.glob(f"*/{CONFIG_FILE}"))
+
+
+def from_pretrained(name_or_path: str | Path = DEFAULT_CHECKPOINT) -> Checkpoint:
+    """Loads weights by a name shipped in the package, from a folder, or from a training run's work directory.
+
+    Never touches the network.
+
+    Raises:
+        CheckpointError: nothing there, damaged files, or weights that do not fit the config; lists every offender.
+    """
+    folder = _find(name_or_path)
+    try:
+        description = json.loads((folder / CONFIG_FILE).read_text())
+        config = Config.from_dict(description["config"])
+        checksum, steps = description["sha256"], description["steps"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: not a readable checkpoint description ({error})"
+        ) from error
+    path = folder / WEIGHTS_FILE
+    try:
+        if hashlib.sha256(path.read_bytes()).hexdigest() != checksum:
+            raise CheckpointError(
+                f"{path}: its checksum is not the one in {CONFIG_FILE}: damaged, or copied without it; copy both again"
+            )
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: weights cannot be read ({error})") from error
+    return Checkpoint(str(name_or_path), _build_model(config, weights, path), config, steps)
+
+
+def save_checkpoint(folder: str | Path, model: DoPFN, config: Config, steps: int) -> None:
+    """Writes a checkpoint folder; an older one of that name is replaced only once the new one is complete.
+
+    Args:
+        folder: where `from_pretrained` will find it.
+        model: the model to save.
+        config: the configuration that it was trained under.
+        steps: training steps behind the weights.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    flat = nnx.to_flat_state(nnx.state(model))
+    weights = {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in flat}
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        new, old = Path(temporary, "new"), Path(temporary, "old")
+        new.mkdir()
+        save_file(weights, new / WEIGHTS_FILE)
+        description = {
+            "format": _FORMAT_VERSION,
+            "sha256": hashlib.sha256((new / WEIGHTS_FILE).read_bytes()).hexdigest(),
+            "steps": steps,
+            "config": config.to_dict(),
+        }
+        (new / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        if folder.exists():
+            for extra in folder.iterdir():  # a model card, say, stays
+                if extra.name not in (WEIGHTS_FILE, CONFIG_FILE):
+                    shutil.copy2(extra, new / extra.name)
+            os.replace(folder, old)
+        os.replace(new, folder)
+
+
+def _find(name_or_path: str | Path) -> Path:
+    shipped = Path(__file__).parent / str(name_or_path)
+    for folder in (shipped, Path(name_or_path), Path(name_or_path) / RUN_WEIGHTS):
+        if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+            return folder
+    raise CheckpointError(
+        f"checkpoint {str(name_or_path)!r}: neither shipped ({', '.join(checkpoint_names()) or 'none is'}) nor a "
+        f"folder with {WEIGHTS_FILE} and {CONFIG_FILE}"
+    )
+
+
+def _build_model(config: Config, weights: dict[str, np.ndarray], path: Path) -> DoPFN:
+    model = nnx.eval_shape(lambda: DoPFN(config.model, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model)
+    flat = {".".join(map(str, key)): (key, variable) for key, variable in nnx.to_flat_state(state)}
+    problems = [f"{name} is missing" for name in sorted(flat.keys() - weights.keys())]
+    problems += [f"{name} is unknown" for name in sorted(weights.keys() - flat.keys())]
+    problems += [
+        f"{name} has shape {weights[name].shape}, the config asks for {flat[name][1].shape}"
+        for name in sorted(flat.keys() & weights.keys())
+        if weights[name].shape != flat[name][1].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{path} does not fit its config: {'; '.join(problems)}")
+    filled = [
+        (key, variable.replace(jax.numpy.asarray(weights[name]))) for name, (key, variable) in flat.items()
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))

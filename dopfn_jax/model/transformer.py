@@ -1,0 +1,207 @@
+"""The transformer: context rows read each other, query rows read the context, and nobody reads a query.
+
+Axes: B tasks, N context rows, M query rows, R rows of either kind, F covariates, C tokens per row, D width,
+H heads, L layers, Q buckets. Tokens are (B, C, R, D).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dopfn_jax.config import ModelConfig
+from dopfn_jax.model.attention import Attention, KeysValues
+from dopfn_jax.model.bar_distribution import BarDistribution
+from dopfn_jax.model.embedding import CellEmbedding, Columns, RowEmbedding
+from dopfn_jax.model.standardise import Scaler, compress
+
+import flax.struct
+
+
+@flax.struct.dataclass
+class EncodedContext:
+    """A context that has been read once and answers any number of queries.
+
+    Attributes:
+        scaler: standardisation of covariates and outcome.
+        columns: description of the columns.
+        keys_values: of every layer, each (L, B, C, N, H, D / H).
+        mask: (B, N) bool, context rows that exist.
+    """
+
+    scaler: Scaler
+    columns: Columns
+    keys_values: KeysValues
+    mask: jax.Array
+
+
+class Layer(nnx.Module):
+    """Attention between the tokens of a row (where there are several), attention to the context's rows, MLP."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.compute_dtype)
+
+        def norm() -> nnx.LayerNorm:
+            return nnx.LayerNorm(config.width, use_bias=False, dtype=dtype, rngs=rngs)
+
+        def attention() -> Attention:
+            return Attention(config.width, config.heads, dtype=dtype, rngs=rngs)
+
+        self.several_tokens = config.features_per_token > 0
+        if self.several_tokens:
+            self.token_norm, self.token_attention = norm(), attention()
+        self.row_norm, self.row_attention = norm(), attention()
+        self.mlp_norm = norm()
+        hidden = config.mlp_ratio * config.width
+        self.up = nnx.Linear(
+            config.width, hidden, kernel_metadata={"axes": ("embed", "mlp")}, dtype=dtype, rngs=rngs
+        )
+        self.down = nnx.Linear(
+            hidden,
+            config.width,
+            kernel_init=nnx.initializers.variance_scaling(0.1, "fan_in", "normal"),
+            kernel_metadata={"axes": ("mlp", "embed")},
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def context(self, tokens: jax.Array, token_mask: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeysValues]:
+        """Context tokens after this layer, and the keys and values that queries need of them."""
+        tokens = self._mix_tokens(tokens, token_mask)
+        normed = self.row_norm(tokens)
+        keys_values = self.row_attention.keys_values(normed)
+        return self._mix_rows(tokens, normed, keys_values, mask), keys_values
+
+    def query(self, tokens: jax.Array, token_mask: jax.Array, keys_values: KeysValues, mask: jax.Array) -> jax.Array:
+        """Query tokens after this layer."""
+        tokens = self._mix_tokens(tokens, token_mask)
+        return self._mix_rows(tokens, self.row_norm(tokens), keys_values, mask)
+
+    def _mix_tokens(self, tokens: jax.Array, token_mask: jax.Array) -> jax.Array:
+        if not self.several_tokens:
+            return tokens
+        by_row = self.token_norm(jnp.swapaxes(tokens, 1, 2))
+        mixed = self.token_attention(by_row, self.token_attention.keys_values(by_row), token_mask)
+        return tokens + jnp.swapaxes(mixed, 1, 2)
+
+    def _mix_rows(
+        self, tokens: jax.Array, normed: jax.Array, keys_values: KeysValues, mask: jax.Array
+    ) -> jax.Array:
+        tokens = tokens + self.row_attention(normed, keys_values, mask)
+        return tokens + self.down(jnp.square(nnx.relu(self.up(self.mlp_norm(tokens)))))
+
+
+class DoPFN(nnx.Module):
+    """q(y | do(t), x, context): an in-context predictor of interventional outcomes (Do-PFN, section 3).
+
+    A pytree: pass it through `jax.jit` and `jax.vmap` like any other. `borders` are the (Q + 1,) bucket borders of
+    standardised y; they are fixed before training (`set_borders`) and stored with the weights.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = (CellEmbedding if config.features_per_token else RowEmbedding)(config, rngs=rngs)
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+        def stack(rngs: nnx.Rngs) -> Layer:
+            return Layer(config, rngs=rngs)
+
+        self.layers = stack(rngs)
+        self.head_norm = nnx.LayerNorm(config.width, use_bias=False, rngs=rngs)
+        self.head_hidden = nnx.Linear(config.width, 2 * config.width, rngs=rngs)
+        self.head = nnx.Linear(
+            2 * config.width, config.buckets, kernel_init=nnx.initializers.normal(0.01), rngs=rngs
+        )
+        self.borders = nnx.Variable(jnp.linspace(-3.0, 3.0, config.buckets + 1))
+
+    def encode_context(
+        self, x: jax.Array, t: jax.Array, y: jax.Array, mask: jax.Array, covariate_mask: jax.Array
+    ) -> EncodedContext:
+        """Reads the context once.
+
+        Args:
+            x: (B, N, F) covariates, NaN where missing.
+            t: (B, N) treatment, 0 or 1.
+            y: (B, N) outcome, in its own units.
+            mask: (B, N) bool, rows that exist.
+            covariate_mask: (B, F) bool, columns that exist.
+        """
+        scaler, columns, tokens = self._embed_context(x, t, y, mask, covariate_mask)
+
+        def step(tokens: jax.Array, layer: Layer) -> tuple[jax.Array, KeysValues]:
+            return layer.context(tokens, columns.token_mask, mask)
+
+        _, keys_values = self._scan(step, tokens)
+        return EncodedContext(scaler, columns, keys_values, mask)
+
+    def decode(self, encoded: EncodedContext, x: jax.Array, t: jax.Array) -> jax.Array:
+        """Logits (B, M, Q) for queries: covariates (B, M, F), treatment that is set (B, M)."""
+        tokens = self._embed_query(encoded.scaler, encoded.columns, x, t)
+
+        def step(tokens: jax.Array, inputs: tuple[Layer, KeysValues]) -> tuple[jax.Array, None]:
+            layer, keys_values = inputs
+            return layer.query(tokens, encoded.columns.token_mask, keys_values, encoded.mask), None
+
+        tokens, _ = self._scan(step, tokens, encoded.keys_values)
+        return self._logits(tokens)
+
+    def __call__(
+        self,
+        context_x: jax.Array,
+        context_t: jax.Array,
+        context_y: jax.Array,
+        context_mask: jax.Array,
+        covariate_mask: jax.Array,
+        query_x: jax.Array,
+        query_t: jax.Array,
+    ) -> tuple[jax.Array, Scaler]:
+        """Logits (B, M, Q) on the standardised y axis, and the standardisation; arguments as for the two halves.
+
+        Equal to `decode(encode_context(...), ...)`, without keeping keys and values of all layers at once.
+        """
+        scaler, columns, context = self._embed_context(context_x, context_t, context_y, context_mask, covariate_mask)
+        query = self._embed_query(scaler, columns, query_x, query_t)
+
+        def step(tokens: tuple[jax.Array, jax.Array], layer: Layer) -> tuple[tuple[jax.Array, jax.Array], None]:
+            context, query = tokens
+            context, keys_values = layer.context(context, columns.token_mask, context_mask)
+            return (context, layer.query(query, columns.token_mask, keys_values, context_mask)), None
+
+        (_, query), _ = self._scan(step, (context, query))
+        return self._logits(query), scaler
+
+    def _embed_context(
+        self, x: jax.Array, t: jax.Array, y: jax.Array, mask: jax.Array, covariate_mask: jax.Array
+    ) -> tuple[Scaler, Columns, jax.Array]:
+        scaler = Scaler.fit(x, y, mask)
+        x = jnp.where(covariate_mask[:, None], scaler.covariates(x), 0.0)
+        y = compress(scaler.outcome(y))
+        columns = self.embedding.columns(x, t, y, mask, covariate_mask)
+        return scaler, columns, self.embedding(columns, x, t, y)
+
+    def _embed_query(self, scaler: Scaler, columns: Columns, x: jax.Array, t: jax.Array) -> jax.Array:
+        x = jnp.where(columns.mask[:, None], scaler.covariates(x), 0.0)
+        return self.embedding(columns, x, t, None)
+
+    def _scan(self, step, carry, inputs=None):
+        """Runs `step(carry, layer)`, or `step(carry, (layer, inputs[l]))`, over the stacked layers."""
+        graphdef, state = nnx.split(self.layers)
+
+        def body(carry, scanned):
+            if inputs is None:
+                return step(carry, nnx.merge(graphdef, scanned))
+            return step(carry, (nnx.merge(graphdef, scanned[0]), scanned[1]))
+
+        dtype = jnp.dtype(self.config.compute_dtype)
+        carry = jax.tree.map(lambda tokens: tokens.astype(dtype), carry)
+        body = jax.checkpoint(body) if self.config.remat else body
+        return jax.lax.scan(body, carry, state if inputs is None else (state, inputs))
+
+    def _logits(self, tokens: jax.Array) -> jax.Array:
+        """Logits (B, M, Q) from the last token of each row."""
+        tokens = self.head_norm(tokens[:, -1].astype(jnp.float32))
+        return self.head(nnx.gelu(self.head_hidden(tokens)))
+
+    def distribution(self, logits: jax.Array) -> BarDistribution:
+        """The bar distribution of standardised y."""
+        return BarDistribution(logits=logits, borders=self.borders[...])

@@ -1,0 +1,1 @@
+"""Training: the fused step, the optimiser, the loop and its work directory."""

@@ -1,0 +1,235 @@
+"""The fused train step: sample tasks, loss, gradient and update in one jitted function on one mesh."""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from dopfn_jax.config import Config, PriorConfig, TableShape
+from dopfn_jax.model.bar_distribution import fit_borders
+from dopfn_jax.model.standardise import Scaler
+from dopfn_jax.model.transformer import DoPFN
+from dopfn_jax.prior import Task, sample_tasks
+from dopfn_jax.sharding import MeshError, state_shardings
+from dopfn_jax.training.optimizer import make_optimizer, make_schedule
+
+# Standardised targets beyond this are moved to it, so that the mean loss does not hang on a few heavy tails. The
+# gradient hardly changes: within a tail bucket it does not depend on the target.
+TARGET_LIMIT = 20.0
+# Streams of the run's key that are not training steps.
+_INIT_STREAM, _BORDER_STREAM = 2**31 - 1, 2**31 - 2
+_BORDER_TASKS = 1024
+# Held-out tasks are the same for every run of a prior, whatever its seed.
+_VALIDATION_SEED = 20_250_606
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a run needs to go on; saved whole in every checkpoint.
+
+    Attributes:
+        params: trained parameters of the model.
+        constants: what the model holds and nobody trains (bucket borders).
+        average: exponential moving average of `params`.
+        opt_state: the optimiser's state.
+        step: () int32, steps taken.
+        key: the run's PRNG key; step k draws its tasks from fold_in(key, k).
+    """
+
+    params: nnx.State
+    constants: nnx.State
+    average: nnx.State
+    opt_state: optax.OptState
+    step: jax.Array
+    key: jax.Array
+
+
+@flax.struct.dataclass
+class Metrics:
+    """Scalars of one step, on the device.
+
+    Attributes:
+        loss: mean negative log-likelihood of the query rows of valid tasks, in nats of standardised y.
+        gradient_norm: global norm before clipping.
+        learning_rate: of this step.
+        masked_tasks: degenerate tasks of the batch, which carried no loss.
+        skipped: 1 where the gradient was not finite and the update was left out.
+    """
+
+    loss: jax.Array
+    gradient_norm: jax.Array
+    learning_rate: jax.Array
+    masked_tasks: jax.Array
+    skipped: jax.Array
+
+
+class Trainer:
+    """The compiled functions of one configuration on one mesh; no state of its own.
+
+    Raises:
+        MeshError: a number of tasks that the mesh's data axis does not divide.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh):
+        for shape in (*config.training.shapes, config.training.validation):
+            if shape.tasks % mesh.shape["data"]:
+                raise MeshError(
+                    f"a shape of {shape.tasks} tasks cannot be split over a data axis of {mesh.shape['data']} devices: "
+                    "override training.shapes with a multiple of it, or choose another --mesh"
+                )
+        self.config, self.mesh = config, mesh
+        self._optimizer = make_optimizer(config.training)
+        self._schedule = make_schedule(config.training)
+        abstract_model = nnx.eval_shape(lambda: DoPFN(config.model, rngs=nnx.Rngs(0)))
+        self.graphdef = nnx.graphdef(abstract_model)
+        abstract_state = jax.eval_shape(self._init, jnp.zeros(config.model.buckets + 1))
+        self.shardings = state_shardings(abstract_state, mesh, config.model.heads)
+        self.abstract_state = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract_state, self.shardings
+        )
+        self._steps: dict[TableShape, Callable[[TrainState], tuple[TrainState, Metrics]]] = {}
+        self._validate = jax.jit(self._validation_metrics)
+
+    def init(self) -> TrainState:
+        """A fresh state, created already sharded; bucket borders are fitted to outcomes drawn from the prior."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self._init, out_shardings=self.shardings)(self._fit_borders())
+
+    def step(self, state: TrainState, shape: TableShape) -> tuple[TrainState, Metrics]:
+        """One update on a fresh batch of `shape`. The given state is donated. Compiles once per shape."""
+        if shape not in self._steps:
+            self._steps[shape] = jax.jit(
+                partial(self._train_step, shape), donate_argnums=0, out_shardings=(self.shardings, None)
+            )
+        with jax.set_mesh(self.mesh):
+            return self._steps[shape](state)
+
+    def validate(self, state: TrainState) -> dict[str, jax.Array]:
+        """Mean loss and median mean squared error (of standardised y) on fixed held-out tasks, by the averaged weights."""
+        with jax.set_mesh(self.mesh):
+            return self._validate(state)
+
+    def model(self, state: TrainState) -> DoPFN:
+        """The model with the averaged weights: the one to evaluate and to export."""
+        return nnx.merge(self.graphdef, state.average, state.constants)
+
+    def _fit_borders(self) -> jax.Array:
+        config = self.config
+        shape = TableShape(rows=256, context=(128, 128), tasks=_BORDER_TASKS)
+        key = jax.random.fold_in(jax.random.key(config.training.seed), _BORDER_STREAM)
+        task = sample_batch(key, config.prior, shape, self.mesh)
+        scaler = Scaler.fit(task.context_x, task.context_y, task.context_mask)
+        y = np.asarray(scaler.outcome(task.query_y))[np.asarray(task.query_mask & task.valid[:, None])]
+        y = np.clip(y, -TARGET_LIMIT, TARGET_LIMIT)
+        return fit_borders(y, config.model.buckets, config.model.uniform_border_share)
+
+    def _init(self, borders: jax.Array) -> TrainState:
+        key = jax.random.key(self.config.training.seed)
+        model = DoPFN(self.config.model, rngs=nnx.Rngs(jax.random.fold_in(key, _INIT_STREAM)))
+        model.borders[...] = borders
+        _, params, constants = nnx.split(model, nnx.Param, ...)
+        return TrainState(
+            params=params,
+            constants=constants,
+            average=jax.tree.map(jnp.copy, params),
+            opt_state=self._optimizer.init(params),
+            step=jnp.int32(0),
+            key=key,
+        )
+
+    def _train_step(self, shape: TableShape, state: TrainState) -> tuple[TrainState, Metrics]:
+        task = sample_batch(jax.random.fold_in(state.key, state.step), self.config.prior, shape, self.mesh)
+
+        def loss_of(params: nnx.State) -> jax.Array:
+            model = nnx.merge(self.graphdef, params, state.constants)
+            log_likelihood, weight = score(model, task)
+            return -(log_likelihood * weight).sum() / jnp.maximum(weight.sum(), 1.0)
+
+        loss, gradient = jax.value_and_grad(loss_of)(state.params)
+        norm = optax.global_norm(gradient)
+        updates, opt_state = self._optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # The average forgets its start faster than its decay says, so that early evaluations are not stale.
+        decay = jnp.minimum(self.config.training.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        average = optax.incremental_update(params, state.average, 1.0 - decay)
+
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        params, average, opt_state = jax.tree.map(
+            partial(jnp.where, finite),
+            (params, average, opt_state),
+            (state.params, state.average, state.opt_state),
+        )
+        metrics = Metrics(
+            loss=loss,
+            gradient_norm=norm,
+            learning_rate=jnp.asarray(self._schedule(state.step)),
+            masked_tasks=(~task.valid).sum(),
+            skipped=(~finite).astype(jnp.int32),
+        )
+        state = state.replace(params=params, average=average, opt_state=opt_state, step=state.step + 1)
+        return state, metrics
+
+    def _validation_metrics(self, state: TrainState) -> dict[str, jax.Array]:
+        shape = self.config.training.validation
+        task = sample_batch(jax.random.key(_VALIDATION_SEED), self.config.prior, shape, self.mesh)
+        model = self.model(state)
+        logits, scaler = apply(model, task)
+        target = scaler.outcome(task.query_y)
+        log_likelihood, weight = score(model, task)
+        squared = (model.distribution(logits).mean - target) ** 2
+        by_task = (squared * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1.0)
+        return {
+            "validation_loss": -(log_likelihood * weight).sum() / jnp.maximum(weight.sum(), 1.0),
+            "validation_median_mse": jnp.nanmedian(jnp.where(task.valid, by_task, jnp.nan)),
+        }
+
+
+def sample_batch(key: jax.Array, prior: PriorConfig, shape: TableShape, mesh: Mesh) -> Task:
+    """A batch of tasks, split over the mesh's data axis and sampled where it is used.
+
+    Task i depends on (key, i) alone, so the data is bitwise the same on any mesh. Inside `shard_map` the rejection
+    loops of random samplers stay local to each device.
+    """
+    local = shape.tasks // mesh.shape["data"]
+
+    def sample_local(key: jax.Array) -> Task:
+        index = jax.lax.axis_index("data") * local + jnp.arange(local)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+        return sample_tasks(keys, prior, shape.rows, shape.context)
+
+    return jax.jit(jax.shard_map(sample_local, mesh=mesh, in_specs=P(), out_specs=P("data")))(key)
+
+
+def apply(model: DoPFN, task: Task) -> tuple[jax.Array, Scaler]:
+    """The model's logits (B, M, Q) for a batch of tasks, and the standardisation."""
+    return model(
+        task.context_x,
+        task.context_t,
+        task.context_y,
+        task.context_mask,
+        task.covariate_mask,
+        task.query_x,
+        task.query_t,
+    )
+
+
+def score(model: DoPFN, task: Task) -> tuple[jax.Array, jax.Array]:
+    """Log-likelihood (B, M) of standardised targets, and the weight (B, M) of each query row: 1, or 0 where masked."""
+    logits, scaler = apply(model, task)
+    target = jnp.clip(scaler.outcome(task.query_y), -TARGET_LIMIT, TARGET_LIMIT)
+    weight = (task.query_mask & task.valid[:, None]).astype(jnp.float32)
+    return model.distribution(logits).log_prob(target), weight
+
+
+def shape_of_step(shapes: tuple[TableShape, ...], seed: int, step: int) -> TableShape:
+    """The shape of step k: a draw by weight that depends on (seed, k) alone."""
+    weights = np.array([shape.weight for shape in shapes])
+    draw = np.random.default_rng((seed, step)).random()
+    return shapes[int(np.searchsorted(np.cumsum(weights / weights.sum())[:-1], draw, side="right"))]
