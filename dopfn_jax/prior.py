@@ -1,4 +1,7 @@
-"""The prior: from a key to a structural causal model and the table that it generates (Do-PFN, Algorithm 1)."""
+"""The prior: from a key to a structural causal model and its table (Do-PFN, Algorithm 1)."""
+
+import dataclasses
+import math
 
 import flax.struct
 import jax
@@ -6,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dopfn_jax.config import PriorConfig
-from dopfn_jax.scm import SCM, descendants, propagate, sample_noise
+from dopfn_jax.scm import descendants, propagate, sample_noise
 from dopfn_jax.scm.case_studies import CASE_STUDIES
 from dopfn_jax.scm.mechanisms import MECHANISM_NAMES
 from dopfn_jax.scm.noise import NOISE_FAMILIES
+from dopfn_jax.scm.structure import SCM
+
+# A valid task holds no larger value, so that sums of squares over its rows stay finite in float32.
+LARGEST_VALUE = 1e15
 
 
 @flax.struct.dataclass
@@ -31,9 +38,9 @@ class Roles:
 
 @flax.struct.dataclass
 class Task:
-    """One table: an observational context and queries about it. Leading batch axes are allowed on every field.
+    """One table: an observational context and queries about it.
 
-    Rows and columns beyond the masks hold zeros. Missing cells are NaN.
+    Leading batch axes are allowed on every field. Rows and columns beyond the masks hold zeros.
 
     Attributes:
         context_x: (N, F) covariates of the observational rows.
@@ -45,8 +52,8 @@ class Task:
         query_y: (M,) the target.
         query_mask: (M,) bool, rows that exist.
         covariate_mask: (F,) bool, columns that exist.
-        valid: () bool, False for degenerate tasks, which must carry no loss.
-        y0, y1: (M,) potential outcomes of the query rows under do(0) and do(1), or None where not asked for.
+        valid: () bool, False for degenerate tasks, which hold zeros and must carry no loss.
+        y0, y1: (M,) potential outcomes of the query rows under do(0) and do(1), or None.
     """
 
     context_x: jax.Array
@@ -87,7 +94,8 @@ def sample_task(
         key: a PRNG key.
         prior: the distribution to draw from.
         rows: rows in all, M_max.
-        context: closed interval from which the number of context rows is drawn uniformly; the others are queries.
+        context: closed interval from which the number of context rows is drawn uniformly; the
+            others are queries.
         potential_outcomes: also return y(0) and y(1) of the query rows.
 
     Returns:
@@ -100,12 +108,29 @@ def sample_task(
 
 def sample_scm(key: jax.Array, prior: PriorConfig) -> tuple[SCM, Roles]:
     """An SCM over `prior.nodes` array slots and the roles of its nodes; no node is binary yet."""
-    graph_key, roles_key, mechanism_key = jax.random.split(key, 3)
+    k = prior.nodes
+    draws = _uniform_draws(
+        key,
+        nodes=(),
+        hidden=(),
+        edge_share=(),
+        edges=(k, k),
+        zero_effect=(),
+        treatment=(k,),
+        outcome=(k,),
+        columns=(k,),
+        weights=(k, k),
+        mechanism=(k,),
+        noise_family=(k,),
+        root_scale=(),
+        noise_scale=(),
+    )
     if prior.case_study:
         adjacency, active, roles = _case_study_graph(prior.case_study)
     else:
-        adjacency, active, roles = _random_graph(graph_key, roles_key, prior)
-    return _attach_mechanisms(mechanism_key, adjacency, active, prior), roles
+        adjacency, active, shown = _random_graph(draws, prior)
+        roles = _assign_roles(draws, adjacency, active, shown, prior)
+    return _attach_mechanisms(draws, adjacency, active, prior), roles
 
 
 def sample_table(
@@ -119,36 +144,43 @@ def sample_table(
 ) -> Task:
     """The observational and interventional rows of one SCM; arguments as for `sample_task`.
 
-    Interventional rows carry their unit's noise and its covariates from before the treatment.
+    Interventional rows carry their unit's noise and its covariates from before the treatment. The
+    treatment keeps its threshold if it is binary already, else its threshold is drawn.
     """
-    noise_key, threshold_key, treatment_key, split_key = jax.random.split(key, 4)
+    low, high = context
+    noise_key, draw_key = jax.random.split(key)
     noise = sample_noise(noise_key, scm.noise_family, scm.noise_scale, rows, prior.noise_families)
+    draws = _uniform_draws(draw_key, threshold=(rows,), query_t=(rows - low,), context_rows=())
 
     raw_t = propagate(scm, noise)[roles.treatment]
-    threshold, separates = _pick_threshold(threshold_key, raw_t)
-    is_treatment = jnp.arange(prior.nodes) == roles.treatment
-    scm = scm.replace(
-        binary=scm.binary | is_treatment, threshold=jnp.where(is_treatment, threshold, scm.threshold)
+    threshold, separates = _pick_threshold(draws["threshold"], raw_t)
+    separates |= scm.binary[roles.treatment]
+    to_threshold = (jnp.arange(noise.shape[0]) == roles.treatment) & ~scm.binary
+    scm = dataclasses.replace(
+        scm,
+        binary=scm.binary | to_threshold,
+        threshold=jnp.where(to_threshold, threshold, scm.threshold),
     )
     observed = propagate(scm, noise)
     t, y = observed[roles.treatment], observed[roles.outcome]
     x = jnp.where(roles.covariate_mask[:, None], observed[roles.covariates], 0.0)
 
-    low, high = context
-    query_noise = noise[:, low:]
     if prior.target == "interventional":
-        query_t = jax.random.bernoulli(treatment_key, shape=(rows - low,)).astype(jnp.float32)
-        query_y = propagate(scm, query_noise, (roles.treatment, query_t))[roles.outcome]
+        query_t = (draws["query_t"] < 0.5).astype(jnp.float32)
     else:
-        query_t, query_y = t[low:], y[low:]
-    y0 = y1 = None
+        query_t = t[low:]
+    settings = [query_t]
     if potential_outcomes:
-        y0, y1 = (
-            propagate(scm, query_noise, (roles.treatment, jnp.full(rows - low, value)))[roles.outcome]
-            for value in (0.0, 1.0)
-        )
+        settings += [jnp.zeros_like(query_t), jnp.ones_like(query_t)]
 
-    context_rows = jax.random.randint(split_key, (), low, high + 1)
+    def outcome_under(t_in: jax.Array) -> jax.Array:
+        return propagate(scm, noise[:, low:], (roles.treatment, t_in))[roles.outcome]
+
+    outcomes = jnp.stack([outcome_under(t_in) for t_in in settings])
+    observed_is_sane = (jnp.abs(observed) < LARGEST_VALUE).all()
+    outcomes_are_sane = (jnp.abs(outcomes) < LARGEST_VALUE).all()
+
+    context_rows = _integer(draws["context_rows"], low, high)
     task = Task(
         context_x=x[:, :high].T,
         context_t=t[:high],
@@ -156,14 +188,38 @@ def sample_table(
         context_mask=jnp.arange(high) < context_rows,
         query_x=x[:, low:].T,
         query_t=query_t,
-        query_y=query_y,
+        query_y=outcomes[0],
         query_mask=jnp.arange(low, rows) >= context_rows,
         covariate_mask=roles.covariate_mask,
-        valid=separates & jnp.all(jnp.isfinite(observed)),
-        y0=y0,
-        y1=y1,
+        valid=separates & observed_is_sane & outcomes_are_sane,
+        y0=outcomes[1] if potential_outcomes else None,
+        y1=outcomes[2] if potential_outcomes else None,
     )
     return _mask_degenerate(task)
+
+
+def _uniform_draws(key: jax.Array, **shapes: tuple[int, ...]) -> dict[str, jax.Array]:
+    """Independent draws from [0, 1) by name and shape.
+
+    They are cut from one long draw, because every draw of its own costs as much to compile.
+    """
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    pieces = jnp.split(jax.random.uniform(key, (sum(sizes),)), np.cumsum(sizes)[:-1])
+    return {
+        name: piece.reshape(shape)
+        for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+    }
+
+
+def _integer(draw: jax.Array, low: jax.Array | int, high: jax.Array | int) -> jax.Array:
+    """A draw from [0, 1) as a uniform integer of the closed interval [low, high]."""
+    count = jnp.asarray(high - low + 1, jnp.float32)
+    return low + jnp.floor(draw * count).astype(jnp.int32)
+
+
+def _choose(draws: jax.Array, candidates: jax.Array) -> jax.Array:
+    """Index of a uniform choice from the True entries of a (K,) mask, by K draws from [0, 1)."""
+    return jnp.argmax(jnp.where(candidates, draws, -1.0)).astype(jnp.int32)
 
 
 def _case_study_graph(name: str) -> tuple[jax.Array, jax.Array, Roles]:
@@ -181,40 +237,41 @@ def _case_study_graph(name: str) -> tuple[jax.Array, jax.Array, Roles]:
 
 
 def _random_graph(
-    graph_key: jax.Array, roles_key: jax.Array, prior: PriorConfig
-) -> tuple[jax.Array, jax.Array, Roles]:
-    size_key, hidden_key, share_key, edge_key = jax.random.split(graph_key, 4)
-    k_max = prior.max_nodes
-    nodes = jax.random.randint(size_key, (), prior.min_nodes, prior.max_nodes + 1)
-    most_hidden = jnp.clip(nodes - 3, 0, prior.max_hidden)
-    hidden = jax.random.randint(hidden_key, (), 0, most_hidden + 1)
+    draws: dict[str, jax.Array], prior: PriorConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Adjacency (K, K), active nodes (K,), and the number of shown covariates."""
+    nodes = _integer(draws["nodes"], prior.min_nodes, prior.max_nodes)
+    hidden = _integer(draws["hidden"], 0, jnp.clip(nodes - 3, 0, prior.max_hidden))
     shown = nodes - 2 - hidden
 
-    active = jnp.arange(k_max) < nodes
-    edge_share = jax.random.uniform(share_key, minval=1.0 / (shown + 1.0))
-    edges = jax.random.uniform(edge_key, (k_max, k_max)) < edge_share
-    adjacency = jnp.tril(edges, -1) & active[:, None] & active[None, :]
-    return adjacency, active, _assign_roles(roles_key, adjacency, active, shown, prior)
+    active = jnp.arange(prior.nodes) < nodes
+    least_share = 1.0 / (shown + 1).astype(jnp.float32)
+    edge_share = least_share + (1.0 - least_share) * draws["edge_share"]
+    adjacency = jnp.tril(draws["edges"] < edge_share, -1) & active[:, None] & active[None, :]
+    return adjacency, active, shown
 
 
 def _assign_roles(
-    key: jax.Array, adjacency: jax.Array, active: jax.Array, shown: jax.Array, prior: PriorConfig
+    draws: dict[str, jax.Array],
+    adjacency: jax.Array,
+    active: jax.Array,
+    shown: jax.Array,
+    prior: PriorConfig,
 ) -> Roles:
-    zero_key, treatment_key, outcome_key, column_key = jax.random.split(key, 4)
-    k_max = active.shape[0]
+    node = jnp.arange(prior.nodes)
     reach = descendants(adjacency)
     has_child = adjacency.any(axis=0)
-    # unaffected[k, l]: k is another node that l cannot reach, so it may be the outcome of an effect of zero.
-    unaffected = active[:, None] & active[None, :] & ~reach & ~jnp.eye(k_max, dtype=bool)
-    zero = jax.random.bernoulli(zero_key, prior.zero_effect_share) | ~has_child.any()
-    zero &= unaffected.any()
+    # unaffected[k, l]: k is another node that l cannot reach, so the effect of l on k is zero.
+    # There always is one: the first node, seen from any other.
+    unaffected = active[:, None] & active[None, :] & ~reach & (node[:, None] != node[None, :])
+    zero = (draws["zero_effect"] < prior.zero_effect_share) | ~has_child.any()
+    treatments = jnp.where(zero, unaffected.any(axis=0), has_child)
+    treatment = _choose(draws["treatment"], treatments)
+    outcomes = jnp.where(zero, unaffected[:, treatment], reach[:, treatment])
+    outcome = _choose(draws["outcome"], outcomes)
 
-    treatment = _choose(treatment_key, jnp.where(zero, unaffected.any(axis=0), has_child))
-    outcome = _choose(outcome_key, jnp.where(zero, unaffected[:, treatment], reach[:, treatment]))
-
-    node = jnp.arange(k_max)
     eligible = active & (node != treatment) & (node != outcome)
-    order = jnp.argsort(jax.random.uniform(column_key, (k_max,)) + ~eligible)
+    order = jnp.argsort(jnp.where(eligible, draws["columns"], 1.0))
     return Roles(
         treatment=treatment,
         outcome=outcome,
@@ -223,70 +280,65 @@ def _assign_roles(
     )
 
 
-def _choose(key: jax.Array, candidates: jax.Array) -> jax.Array:
-    """Index of a uniform draw from the True entries of a (K,) mask."""
-    return jnp.argmax(jnp.where(candidates, jax.random.uniform(key, candidates.shape), -1.0)).astype(jnp.int32)
+def _attach_mechanisms(
+    draws: dict[str, jax.Array], adjacency: jax.Array, active: jax.Array, prior: PriorConfig
+) -> SCM:
+    def pick(draws: jax.Array, names: tuple[str, ...], known: tuple[str, ...]) -> jax.Array:
+        ids = jnp.array([known.index(name) for name in names], jnp.int32)
+        return ids[_integer(draws, 0, len(names) - 1)]
 
-
-def _attach_mechanisms(key: jax.Array, adjacency: jax.Array, active: jax.Array, prior: PriorConfig) -> SCM:
-    weight_key, mechanism_key, family_key, root_key, other_key = jax.random.split(key, 5)
-    k_max = active.shape[0]
-    parents = adjacency.sum(axis=1)
-    bound = 1.0 / jnp.sqrt(jnp.maximum(parents, 1))[:, None]
-    weights = jax.random.uniform(weight_key, (k_max, k_max), minval=-1.0) * bound
-
-    mechanism_ids = jnp.array([MECHANISM_NAMES.index(name) for name in prior.mechanisms], jnp.int32)
-    family_ids = jnp.array([NOISE_FAMILIES.index(name) for name in prior.noise_families], jnp.int32)
+    parents = adjacency.sum(axis=1, dtype=jnp.float32)
+    bound = 1.0 / jnp.sqrt(jnp.maximum(parents, 1.0))[:, None]
+    weights = (2.0 * draws["weights"] - 1.0) * bound
     low, high = prior.root_scale
-    root_scale = jax.random.uniform(root_key, minval=low, maxval=high)
+    root_scale = low + (high - low) * draws["root_scale"]
     # Beta(1, 5) by its inverse CDF: no rejection loop.
-    other_scale = prior.noise_scale * (1.0 - jax.random.uniform(other_key) ** (1 / 5))
+    other_scale = prior.noise_scale * (1.0 - draws["noise_scale"] ** (1 / 5))
     return SCM(
         adjacency=adjacency,
         weights=jnp.where(adjacency, weights, 0.0),
-        mechanism=jax.random.choice(mechanism_key, mechanism_ids, (k_max,)),
-        noise_family=jax.random.choice(family_key, family_ids, (k_max,)),
+        mechanism=pick(draws["mechanism"], prior.mechanisms, MECHANISM_NAMES),
+        noise_family=pick(draws["noise_family"], prior.noise_families, NOISE_FAMILIES),
         noise_scale=jnp.where(active, jnp.where(parents == 0, root_scale, other_scale), 0.0),
-        binary=jnp.zeros(k_max, bool),
-        threshold=jnp.zeros(k_max),
+        binary=jnp.zeros(prior.nodes, bool),
+        threshold=jnp.zeros(prior.nodes),
         active=active,
     )
 
 
-def _pick_threshold(key: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A uniform draw from the (R,) values, never their minimum or maximum; False where there is no such value."""
+def _pick_threshold(draws: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A uniform choice from the (R,) values, but never the minimum or maximum.
+
+    The second answer is False where there is no such value.
+    """
     inner = (values > values.min()) & (values < values.max())
-    return values[_choose(key, inner)], inner.any()
+    return values[_choose(draws, inner)], inner.any()
 
 
 def _mask_degenerate(task: Task) -> Task:
-    """Marks tasks without two arms, a varying outcome and finite values as invalid, and zeroes their numbers."""
+    """Marks tasks without two arms or a varying outcome as invalid too; zeroes what is masked."""
     mask = task.context_mask
     treated = (mask & (task.context_t > 0.5)).any()
     control = (mask & (task.context_t < 0.5)).any()
     y = jnp.where(mask, task.context_y, 0.0)
-    mean = y.sum() / mask.sum()
-    spread = jnp.where(mask, jnp.abs(task.context_y - mean), 0.0).max()
+    spread = jnp.where(mask, jnp.abs(y - y.sum() / mask.sum(dtype=jnp.float32)), 0.0).max()
     varies = spread > 1e-5 * jnp.abs(y).max()
-    targets = [target for target in (task.query_y, task.y0, task.y1) if target is not None]
-    finite = jnp.all(jnp.isfinite(jnp.stack(targets)))
-    # Squares of the outcome must stay finite too, for its standard deviation.
-    valid = task.valid & treated & control & varies & finite & (spread < 1e18)
+    valid = task.valid & treated & control & varies
 
-    def sanitise(values: jax.Array) -> jax.Array:
-        return jnp.where(valid & jnp.isfinite(values), values, 0.0)
+    in_context, in_query = valid & mask, valid & task.query_mask
 
-    def sanitise_rows(values: jax.Array, rows: jax.Array) -> jax.Array:
-        return jnp.where(rows if values.ndim == 1 else rows[:, None], sanitise(values), 0.0)
+    def keep(rows: jax.Array, values: jax.Array) -> jax.Array:
+        return jnp.where(rows if values.ndim == 1 else rows[:, None], values, 0.0)
 
-    return task.replace(
-        context_x=sanitise_rows(task.context_x, mask),
-        context_t=sanitise_rows(task.context_t, mask),
-        context_y=sanitise_rows(task.context_y, mask),
-        query_x=sanitise_rows(task.query_x, task.query_mask),
-        query_t=sanitise_rows(task.query_t, task.query_mask),
-        query_y=sanitise_rows(task.query_y, task.query_mask),
+    return dataclasses.replace(
+        task,
+        context_x=keep(in_context, task.context_x),
+        context_t=keep(in_context, task.context_t),
+        context_y=keep(in_context, task.context_y),
+        query_x=keep(in_query, task.query_x),
+        query_t=keep(in_query, task.query_t),
+        query_y=keep(in_query, task.query_y),
         valid=valid,
-        y0=None if task.y0 is None else sanitise_rows(task.y0, task.query_mask),
-        y1=None if task.y1 is None else sanitise_rows(task.y1, task.query_mask),
+        y0=None if task.y0 is None else keep(in_query, task.y0),
+        y1=None if task.y1 is None else keep(in_query, task.y1),
     )

@@ -1,7 +1,9 @@
 """The device mesh, and one set of rules from logical axes to mesh axes."""
 
+import contextlib
 import dataclasses
 import math
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +13,17 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+# XLA's own way to simulate devices; JAX refuses to be told twice.
+_SIMULATE_FLAG = "--xla_force_host_platform_device_count"
+
 
 @dataclass(frozen=True)
 class ShardingRules:
     """Which mesh axis splits each logical axis; None replicates.
 
-    Tasks are data-parallel. Parameters are split over "data" along the residual width (FSDP: gathered layer by layer)
-    and over "model" along heads and the MLP's hidden width (tensor parallelism: activations stay split between the
-    two products, one all-reduce after each).
+    Tasks are data-parallel. Parameters are split over "data" along the residual width (FSDP:
+    gathered layer by layer) and over "model" along heads and the MLP's hidden width (tensor
+    parallelism: activations stay split between the two products, one all-reduce after each).
     """
 
     task: str | None = "data"
@@ -27,16 +32,26 @@ class ShardingRules:
     mlp: str | None = "model"
 
     def spec(self, axes: tuple[str | None, ...]) -> P:
-        """PartitionSpec of an array with these logical axes. Raises ValueError where two would share a mesh axis."""
-        mesh_axes = [None if axis is None else getattr(self, axis) for axis in axes]
+        """PartitionSpec of an array with these logical axes.
+
+        Raises:
+            ValueError: an unknown axis, or two that would share a mesh axis.
+        """
+        rules = dataclasses.asdict(self)
+        unknown = [axis for axis in axes if axis is not None and axis not in rules]
+        if unknown:
+            raise ValueError(f"no rule for logical axes {unknown}: known are {', '.join(rules)}")
+        mesh_axes = [None if axis is None else rules[axis] for axis in axes]
         used = [axis for axis in mesh_axes if axis is not None]
         if len(used) != len(set(used)):
-            raise ValueError(f"logical axes {axes} map to mesh axes {mesh_axes}: one mesh axis cannot split two")
+            raise ValueError(
+                f"logical axes {axes} map to mesh axes {mesh_axes}: one mesh axis cannot split two"
+            )
         return P(*mesh_axes)
 
 
 class MeshError(ValueError):
-    """A mesh that these devices or this configuration cannot form; the message names the remedy."""
+    """A mesh that these devices or this run cannot have; the message names the remedy."""
 
 
 def parse_mesh(text: str) -> tuple[int, int]:
@@ -49,20 +64,18 @@ def parse_mesh(text: str) -> tuple[int, int]:
 
 
 def make_mesh(shape: tuple[int, int] | None = None) -> Mesh:
-    """A mesh with axes ("data", "model") over the first devices, all of them data-parallel by default.
+    """A mesh with axes ("data", "model") over the first devices; by default all, data-parallel.
 
-    On a host with no accelerator the devices are simulated on its CPU, with a message that says so. This must then be
-    the first use of JAX in the process.
+    On a host with no accelerator the devices are simulated on its CPU, with a message that says so.
+    This must then be the first use of JAX in the process.
 
     Raises:
         MeshError: fewer devices than the mesh needs.
     """
-    if shape is not None:
-        try:
-            # Only concerns the CPU platform, and only before its first use.
+    if shape is not None and _SIMULATE_FLAG not in os.environ.get("XLA_FLAGS", ""):
+        # Only concerns the CPU platform, and raises once JAX has been used.
+        with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", math.prod(shape))
-        except RuntimeError:
-            pass
     devices = jax.devices()
     shape = shape or (len(devices), 1)
     count, platform = math.prod(shape), devices[0].platform
@@ -72,24 +85,22 @@ def make_mesh(shape: tuple[int, int] | None = None) -> Mesh:
             if platform == "cpu"
             else f"use --mesh {len(devices)} or fewer, or JAX_PLATFORMS=cpu to simulate devices"
         )
-        raise MeshError(f"mesh of {shape[0]}x{shape[1]} needs {count} devices, found {len(devices)} ({platform}): {remedy}")
+        raise MeshError(
+            f"a mesh of {shape[0]}x{shape[1]} needs {count} devices, found {len(devices)} "
+            f"({platform}): {remedy}"
+        )
     if platform == "cpu" and count > 1:
         print(f"No accelerator: simulating {count} devices on this host's CPU.", file=sys.stderr)
-    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
-
-
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Splits `x` by its leading logical axes on the mesh in context; does nothing without one."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, ShardingRules().spec(axes))
+    return jax.make_mesh(
+        shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[:count]
+    )
 
 
 def state_shardings(abstract_state: Any, mesh: Mesh, heads: int) -> Any:
-    """Shardings of a pytree of arrays: parameters and optimiser moments by the axes that the model gave them.
+    """Shardings of a pytree of arrays: parameters and moments by the axes that the model gave them.
 
-    An axis stays whole where its size, or the number of heads, is not a multiple of the mesh axis. Everything without
-    logical axes is replicated.
+    An axis stays whole where its size, or the number of heads, is not a multiple of the mesh axis.
+    Everything without logical axes is replicated.
     """
     rules = ShardingRules()
     if heads % mesh.shape["model"]:
@@ -99,8 +110,10 @@ def state_shardings(abstract_state: Any, mesh: Mesh, heads: int) -> Any:
         axes = variable.get_metadata().get("axes", ()) if isinstance(variable, nnx.Variable) else ()
 
         def of_array(array: jax.ShapeDtypeStruct) -> NamedSharding:
-            # Stacked layers put their axis in front; an optimiser's placeholders are smaller than the parameter.
-            names = (None,) * (array.ndim - len(axes)) + tuple(axes) if array.ndim >= len(axes) else ()
+            # Stacked layers put their axis in front; an optimiser's placeholders are smaller than
+            # the parameter.
+            stacked = array.ndim - len(axes)
+            names = (None,) * stacked + tuple(axes) if stacked >= 0 else ()
             spec = [
                 axis if axis is not None and size % mesh.shape[axis] == 0 else None
                 for size, axis in zip(array.shape, rules.spec(names), strict=False)
@@ -109,4 +122,6 @@ def state_shardings(abstract_state: Any, mesh: Mesh, heads: int) -> Any:
 
         return jax.tree.map(of_array, variable)
 
-    return jax.tree.map(of_variable, abstract_state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return jax.tree.map(
+        of_variable, abstract_state, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )

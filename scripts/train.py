@@ -3,11 +3,14 @@
 Examples:
     python scripts/train.py --config smoke --workdir runs/smoke
     python scripts/train.py --config do_pfn --mesh 8 --workdir runs/do_pfn
-    python scripts/train.py --config cpu --workdir runs/cpu --resume training.learning_rate=1e-3
+    python scripts/train.py --config cpu --workdir runs/cpu training.learning_rate=1e-3
 """
 
 import argparse
+import logging
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -24,22 +27,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = Config.load(options.config, overrides)
         if options.stop_after is not None and options.stop_after < 1:
             raise ConfigError(f"--stop-after {options.stop_after}: must be 1 or more")
-        return _train(config, options, arguments)
+        return _train(config, options)
     except (ValueError, RuntimeError, OSError) as error:
-        # Our own errors derive from these and say what to do; a traceback would hide it.
+        # Our own errors say what to do, which a traceback would hide; others need theirs.
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("dopfn_jax"):
+            raise
         print(f"train.py: {error}", file=sys.stderr)
         return 2
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--config", required=True, help=f"a preset ({', '.join(preset_names())}) or a TOML file")
     add("--workdir", required=True, help="folder for metrics, checkpoints and weights")
     add("--mesh", help="devices: N (data-parallel) or DxM (data x model); default: all there are")
-    add("--resume", action="store_true", help="go on from the work directory's last checkpoint, if any")
+    add("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     add("--init-from", help="start a new run from these weights: a shipped name or a folder")
     add("--steps", type=int, help="length of the schedule (training.steps)")
     add("--stop-after", type=int, help="stop at this step without changing the schedule")
@@ -48,14 +55,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _train(config: Config, options: argparse.Namespace, arguments: Sequence[str] | None) -> int:
+def _train(config: Config, options: argparse.Namespace) -> int:
     # After parsing, so that --help and typing errors do not wait for JAX.
     from dopfn_jax.checkpoints import from_pretrained
     from dopfn_jax.sharding import make_mesh, parse_mesh
-    from dopfn_jax.training.host_memory import keep_freed_memory
+    from dopfn_jax.training.host import keep_compiled_programs, keep_freed_memory
     from dopfn_jax.training.loop import train
 
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file that it touches
     keep_freed_memory()
+    keep_compiled_programs()
     mesh = make_mesh(parse_mesh(options.mesh) if options.mesh else None)
     init_from = from_pretrained(options.init_from) if options.init_from else None
     state = train(
@@ -69,10 +78,19 @@ def _train(config: Config, options: argparse.Namespace, arguments: Sequence[str]
     step = int(state.step)
     print(f"{options.workdir}: {step} of {config.training.steps} steps done")
     if step < config.training.steps:
-        words = [word for word in (sys.argv[1:] if arguments is None else arguments)]
-        words += [] if options.resume else ["--resume"]
-        print(f"go on with: python scripts/train.py {shlex.join(words)}")
+        print(f"go on with: {_resume_command(options)}")
     return 0
+
+
+def _resume_command(options: argparse.Namespace) -> str:
+    """The command that goes on with this run to its end; works as printed, from this folder."""
+    python = shutil.which("python")
+    same = python is not None and os.path.dirname(python) == os.path.dirname(sys.executable)
+    words = ["python" if same else sys.executable, os.path.relpath(__file__)]
+    for name in ("config", "workdir", "mesh", "init_from", "steps", "seed"):
+        value = getattr(options, name)
+        words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join([*words, "--resume", *options.overrides])
 
 
 if __name__ == "__main__":

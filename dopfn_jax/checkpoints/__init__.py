@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors plus a JSON config in one folder; named ones ship inside the package."""
+"""Weights on disk: safetensors and a JSON config in a folder; named ones ship with the package."""
 
 import hashlib
 import json
@@ -7,8 +7,9 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
@@ -56,16 +57,22 @@ def checkpoint_names() -> list[str]:
 
 
 def from_pretrained(name_or_path: str | Path = DEFAULT_CHECKPOINT) -> Checkpoint:
-    """Loads weights by a name shipped in the package, from a folder, or from a training run's work directory.
+    """Loads weights by a shipped name, from a folder, or from a training run's work directory.
 
     Never touches the network.
 
     Raises:
-        CheckpointError: nothing there, damaged files, or weights that do not fit the config; lists every offender.
+        CheckpointError: nothing there, damaged files, or weights that do not fit the config, with
+            every offender.
     """
     folder = _find(name_or_path)
     try:
         description = json.loads((folder / CONFIG_FILE).read_text())
+        if description["format"] != _FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE}: has format {description['format']!r}, but this version "
+                f"of dopfn_jax reads {_FORMAT_VERSION}; install the version that wrote it"
+            )
         config = Config.from_dict(description["config"])
         checksum, steps = description["sha256"], description["steps"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError, ConfigError) as error:
@@ -76,7 +83,8 @@ def from_pretrained(name_or_path: str | Path = DEFAULT_CHECKPOINT) -> Checkpoint
     try:
         if hashlib.sha256(path.read_bytes()).hexdigest() != checksum:
             raise CheckpointError(
-                f"{path}: its checksum is not the one in {CONFIG_FILE}: damaged, or copied without it; copy both again"
+                f"{path}: its checksum is not the one in {CONFIG_FILE}: damaged, or copied without "
+                "it; copy both again"
             )
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -85,35 +93,50 @@ def from_pretrained(name_or_path: str | Path = DEFAULT_CHECKPOINT) -> Checkpoint
 
 
 def save_checkpoint(folder: str | Path, model: DoPFN, config: Config, steps: int) -> None:
-    """Writes a checkpoint folder; an older one of that name is replaced only once the new one is complete.
+    """Writes a checkpoint folder; an older one is replaced only once the new one is complete.
 
     Args:
         folder: where `from_pretrained` will find it.
         model: the model to save.
         config: the configuration that it was trained under.
         steps: training steps behind the weights.
+
+    Raises:
+        CheckpointError: it cannot be written; an older one is intact.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder).absolute()
     flat = nnx.to_flat_state(nnx.state(model))
     weights = {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in flat}
+    description = {"format": _FORMAT_VERSION, "steps": steps, "config": config.to_dict()}
+    try:
+        _write(folder, weights, description)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: weights cannot be written ({error})") from error
+
+
+def _write(folder: Path, weights: dict[str, np.ndarray], description: dict[str, Any]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         new, old = Path(temporary, "new"), Path(temporary, "old")
         new.mkdir()
         save_file(weights, new / WEIGHTS_FILE)
-        description = {
-            "format": _FORMAT_VERSION,
-            "sha256": hashlib.sha256((new / WEIGHTS_FILE).read_bytes()).hexdigest(),
-            "steps": steps,
-            "config": config.to_dict(),
-        }
-        (new / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
-        if folder.exists():
-            for extra in folder.iterdir():  # a model card, say, stays
-                if extra.name not in (WEIGHTS_FILE, CONFIG_FILE):
-                    shutil.copy2(extra, new / extra.name)
-            os.replace(folder, old)
-        os.replace(new, folder)
+        checksum = hashlib.sha256((new / WEIGHTS_FILE).read_bytes()).hexdigest()
+        text = json.dumps({"sha256": checksum, **description}, indent=2)
+        (new / CONFIG_FILE).write_text(text + "\n")
+        if not folder.exists():
+            os.replace(new, folder)
+            return
+        for extra in folder.iterdir():  # a model card, say, stays
+            if extra.is_dir():
+                shutil.copytree(extra, new / extra.name)
+            elif extra.name not in (WEIGHTS_FILE, CONFIG_FILE):
+                shutil.copy2(extra, new / extra.name)
+        os.replace(folder, old)
+        try:
+            os.replace(new, folder)
+        except OSError:
+            os.replace(old, folder)
+            raise
 
 
 def _find(name_or_path: str | Path) -> Path:
@@ -121,9 +144,10 @@ def _find(name_or_path: str | Path) -> Path:
     for folder in (shipped, Path(name_or_path), Path(name_or_path) / RUN_WEIGHTS):
         if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
             return folder
+    shipped_names = ", ".join(checkpoint_names()) or "none is"
     raise CheckpointError(
-        f"checkpoint {str(name_or_path)!r}: neither shipped ({', '.join(checkpoint_names()) or 'none is'}) nor a "
-        f"folder with {WEIGHTS_FILE} and {CONFIG_FILE}"
+        f"checkpoint {str(name_or_path)!r}: neither shipped ({shipped_names}) nor a folder with "
+        f"{WEIGHTS_FILE} and {CONFIG_FILE}"
     )
 
 
@@ -133,14 +157,13 @@ def _build_model(config: Config, weights: dict[str, np.ndarray], path: Path) -> 
     flat = {".".join(map(str, key)): (key, variable) for key, variable in nnx.to_flat_state(state)}
     problems = [f"{name} is missing" for name in sorted(flat.keys() - weights.keys())]
     problems += [f"{name} is unknown" for name in sorted(weights.keys() - flat.keys())]
-    problems += [
-        f"{name} has shape {weights[name].shape}, the config asks for {flat[name][1].shape}"
-        for name in sorted(flat.keys() & weights.keys())
-        if weights[name].shape != flat[name][1].shape
-    ]
+    for name in sorted(flat.keys() & weights.keys()):
+        have, want = (f"{a.dtype} {a.shape}" for a in (weights[name], flat[name][1]))
+        problems += [f"{name} is {have}, the config asks for {want}"] if have != want else []
     if problems:
         raise CheckpointError(f"{path} does not fit its config: {'; '.join(problems)}")
     filled = [
-        (key, variable.replace(jax.numpy.asarray(weights[name]))) for name, (key, variable) in flat.items()
+        (key, variable.replace(jnp.asarray(weights[name])))
+        for name, (key, variable) in flat.items()
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))

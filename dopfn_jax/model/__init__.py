@@ -1,0 +1,1 @@
+"""The model: standardisation, embeddings, attention, transformer and bar distribution."""

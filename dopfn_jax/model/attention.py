@@ -1,15 +1,19 @@
-"""Multi-head attention over one axis of tokens, with keys and values that can be kept."""
+"""Multi-head attention over one axis of tokens, with keys and values that can be kept.
+
+Axes: B tasks, A an axis along which tokens do not mix, N tokens that are read, M tokens that read,
+D width, H heads.
+"""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# Keys and values of the tokens that are attended to, each (B, A, N, H, D / H).
+# Keys and values of the tokens that are read, each (B, A, N, H, D / H).
 KeysValues = tuple[jax.Array, jax.Array]
 
 
 class Attention(nnx.Module):
-    """Scaled dot-product attention of tokens (B, A, M, D) to tokens (B, A, N, D), separately for each B and A."""
+    """Scaled dot-product attention of (B, A, M, D) to (B, A, N, D) tokens, per B and A."""
 
     def __init__(self, width: int, heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         def project(axes: tuple[str, str], scale: float = 1.0) -> nnx.Linear:
@@ -35,7 +39,16 @@ class Attention(nnx.Module):
         return self._split_heads(self.key(tokens)), self._split_heads(self.value(tokens))
 
     def __call__(self, tokens: jax.Array, keys_values: KeysValues, mask: jax.Array) -> jax.Array:
-        """Attends from (B, A, M, D) tokens to kept keys and values; `mask` (B, N) is True for those that exist."""
+        """What each token reads.
+
+        Args:
+            tokens: (B, A, M, D), the ones that read.
+            keys_values: of the ones that are read.
+            mask: (B, N) bool, those of them that exist. Where none does, the answer is finite.
+
+        Returns:
+            (B, A, M, D).
+        """
         keys, values = keys_values
         # Scaling the queries instead of the scores saves a pass over the largest array.
         queries = self._split_heads(self.query(tokens)) * (keys.shape[-1] ** -0.5)
@@ -46,4 +59,5 @@ class Attention(nnx.Module):
         return self.out(mixed.reshape(tokens.shape))
 
     def _split_heads(self, tokens: jax.Array) -> jax.Array:
-        return tokens.reshape(*tokens.shape[:-1], self.heads, -1)
+        *leading, width = tokens.shape
+        return tokens.reshape(*leading, self.heads, width // self.heads)

@@ -1,9 +1,13 @@
-"""The transformer: context rows read each other, query rows read the context, and nobody reads a query.
+"""The transformer: context rows read each other, query rows read the context, nobody a query.
 
-Axes: B tasks, N context rows, M query rows, R rows of either kind, F covariates, C tokens per row, D width,
-H heads, L layers, Q buckets. Tokens are (B, C, R, D).
+Axes: B tasks, N context rows, M query rows, R rows of either kind, F covariates, C tokens per row,
+D width, H heads, L layers, Q buckets. Tokens are (B, C, R, D).
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,7 +18,7 @@ from dopfn_jax.model.bar_distribution import BarDistribution
 from dopfn_jax.model.embedding import CellEmbedding, Columns, RowEmbedding
 from dopfn_jax.model.standardise import Scaler, compress
 
-import flax.struct
+Carry = TypeVar("Carry")
 
 
 @flax.struct.dataclass
@@ -35,7 +39,10 @@ class EncodedContext:
 
 
 class Layer(nnx.Module):
-    """Attention between the tokens of a row (where there are several), attention to the context's rows, MLP."""
+    """Attention among a row's tokens (where there are several) and to the context's rows, then MLP.
+
+    Pre-norm; the MLP's activation is a squared ReLU.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.compute_dtype)
@@ -64,15 +71,25 @@ class Layer(nnx.Module):
             rngs=rngs,
         )
 
-    def context(self, tokens: jax.Array, token_mask: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeysValues]:
-        """Context tokens after this layer, and the keys and values that queries need of them."""
+    def context(
+        self, tokens: jax.Array, token_mask: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, KeysValues]:
+        """Context tokens after this layer, and the keys and values that queries need of them.
+
+        Args:
+            tokens: (B, C, N, D).
+            token_mask: (B, C) bool, tokens of a row that exist.
+            mask: (B, N) bool, context rows that exist.
+        """
         tokens = self._mix_tokens(tokens, token_mask)
         normed = self.row_norm(tokens)
         keys_values = self.row_attention.keys_values(normed)
         return self._mix_rows(tokens, normed, keys_values, mask), keys_values
 
-    def query(self, tokens: jax.Array, token_mask: jax.Array, keys_values: KeysValues, mask: jax.Array) -> jax.Array:
-        """Query tokens after this layer."""
+    def query(
+        self, tokens: jax.Array, token_mask: jax.Array, keys_values: KeysValues, mask: jax.Array
+    ) -> jax.Array:
+        """Query tokens (B, C, M, D) after this layer; other arguments as for and from `context`."""
         tokens = self._mix_tokens(tokens, token_mask)
         return self._mix_rows(tokens, self.row_norm(tokens), keys_values, mask)
 
@@ -91,15 +108,19 @@ class Layer(nnx.Module):
 
 
 class DoPFN(nnx.Module):
-    """q(y | do(t), x, context): an in-context predictor of interventional outcomes (Do-PFN, section 3).
+    """q(y | do(t), x, context): predicts interventional outcomes in context (Do-PFN, section 3).
 
-    A pytree: pass it through `jax.jit` and `jax.vmap` like any other. `borders` are the (Q + 1,) bucket borders of
-    standardised y; they are fixed before training (`set_borders`) and stored with the weights.
+    A pytree: pass it through `jax.jit` and `jax.vmap` like any other. `borders` are the (Q + 1,)
+    bucket borders of standardised y; they are fixed before training and stored with the weights.
+
+    Rows, columns and tasks that do not exist may hold anything and change no answer. What exists
+    must be finite, but for missing covariates, which are NaN.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.embedding = (CellEmbedding if config.features_per_token else RowEmbedding)(config, rngs=rngs)
+        embedding = CellEmbedding if config.features_per_token else RowEmbedding
+        self.embedding = embedding(config, rngs=rngs)
 
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
@@ -115,12 +136,17 @@ class DoPFN(nnx.Module):
         self.borders = nnx.Variable(jnp.linspace(-3.0, 3.0, config.buckets + 1))
 
     def encode_context(
-        self, x: jax.Array, t: jax.Array, y: jax.Array, mask: jax.Array, covariate_mask: jax.Array
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array,
+        mask: jax.Array,
+        covariate_mask: jax.Array,
     ) -> EncodedContext:
-        """Reads the context once.
+        """Reads the context once, for any number of calls of `decode`.
 
         Args:
-            x: (B, N, F) covariates, NaN where missing.
+            x: (B, N, F) covariates, NaN where missing; F = 0 is legal.
             t: (B, N) treatment, 0 or 1.
             y: (B, N) outcome, in its own units.
             mask: (B, N) bool, rows that exist.
@@ -135,7 +161,16 @@ class DoPFN(nnx.Module):
         return EncodedContext(scaler, columns, keys_values, mask)
 
     def decode(self, encoded: EncodedContext, x: jax.Array, t: jax.Array) -> jax.Array:
-        """Logits (B, M, Q) for queries: covariates (B, M, F), treatment that is set (B, M)."""
+        """Logits of queries, each of which is answered as if it were the only one.
+
+        Args:
+            encoded: from `encode_context`.
+            x: (B, M, F) covariates, NaN where missing.
+            t: (B, M) treatment that is set, 0 or 1.
+
+        Returns:
+            (B, M, Q) float32 logits, on the standardised y axis.
+        """
         tokens = self._embed_query(encoded.scaler, encoded.columns, x, t)
 
         def step(tokens: jax.Array, inputs: tuple[Layer, KeysValues]) -> tuple[jax.Array, None]:
@@ -155,39 +190,64 @@ class DoPFN(nnx.Module):
         query_x: jax.Array,
         query_t: jax.Array,
     ) -> tuple[jax.Array, Scaler]:
-        """Logits (B, M, Q) on the standardised y axis, and the standardisation; arguments as for the two halves.
+        """Logits (B, M, Q) and the standardisation; arguments as for the two halves.
 
-        Equal to `decode(encode_context(...), ...)`, without keeping keys and values of all layers at once.
+        Equal to `decode(encode_context(...), ...)`, without keeping the keys and values of all
+        layers at once.
         """
-        scaler, columns, context = self._embed_context(context_x, context_t, context_y, context_mask, covariate_mask)
+        scaler, columns, context = self._embed_context(
+            context_x, context_t, context_y, context_mask, covariate_mask
+        )
         query = self._embed_query(scaler, columns, query_x, query_t)
 
-        def step(tokens: tuple[jax.Array, jax.Array], layer: Layer) -> tuple[tuple[jax.Array, jax.Array], None]:
+        def step(
+            tokens: tuple[jax.Array, jax.Array], layer: Layer
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
             context, query = tokens
             context, keys_values = layer.context(context, columns.token_mask, context_mask)
-            return (context, layer.query(query, columns.token_mask, keys_values, context_mask)), None
+            query = layer.query(query, columns.token_mask, keys_values, context_mask)
+            return (context, query), None
 
         (_, query), _ = self._scan(step, (context, query))
         return self._logits(query), scaler
 
+    def distribution(self, logits: jax.Array) -> BarDistribution:
+        """The bar distribution of standardised y."""
+        return BarDistribution(logits=logits, borders=self.borders[...])
+
     def _embed_context(
-        self, x: jax.Array, t: jax.Array, y: jax.Array, mask: jax.Array, covariate_mask: jax.Array
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array,
+        mask: jax.Array,
+        covariate_mask: jax.Array,
     ) -> tuple[Scaler, Columns, jax.Array]:
         scaler = Scaler.fit(x, y, mask)
-        x = jnp.where(covariate_mask[:, None], scaler.covariates(x), 0.0)
-        y = compress(scaler.outcome(y))
+        # Zeros where nothing exists: a weight of 0 would not silence a NaN.
+        exists = mask[..., None] & covariate_mask[:, None]
+        x = jnp.where(exists, scaler.covariates(x), 0.0)
+        t = jnp.where(mask, t, 0.0)
+        y = jnp.where(mask, compress(scaler.outcome(y)), 0.0)
         columns = self.embedding.columns(x, t, y, mask, covariate_mask)
         return scaler, columns, self.embedding(columns, x, t, y)
 
-    def _embed_query(self, scaler: Scaler, columns: Columns, x: jax.Array, t: jax.Array) -> jax.Array:
+    def _embed_query(
+        self, scaler: Scaler, columns: Columns, x: jax.Array, t: jax.Array
+    ) -> jax.Array:
         x = jnp.where(columns.mask[:, None], scaler.covariates(x), 0.0)
         return self.embedding(columns, x, t, None)
 
-    def _scan(self, step, carry, inputs=None):
-        """Runs `step(carry, layer)`, or `step(carry, (layer, inputs[l]))`, over the stacked layers."""
+    def _scan(
+        self,
+        step: Callable[[Carry, Any], tuple[Carry, Any]],
+        carry: Carry,
+        inputs: KeysValues | None = None,
+    ) -> tuple[Carry, Any]:
+        """Runs `step(carry, layer)`, or `step(carry, (layer, inputs[l]))`, over the layers."""
         graphdef, state = nnx.split(self.layers)
 
-        def body(carry, scanned):
+        def body(carry: Carry, scanned: Any) -> tuple[Carry, Any]:
             if inputs is None:
                 return step(carry, nnx.merge(graphdef, scanned))
             return step(carry, (nnx.merge(graphdef, scanned[0]), scanned[1]))
@@ -201,7 +261,3 @@ class DoPFN(nnx.Module):
         """Logits (B, M, Q) from the last token of each row."""
         tokens = self.head_norm(tokens[:, -1].astype(jnp.float32))
         return self.head(nnx.gelu(self.head_hidden(tokens)))
-
-    def distribution(self, logits: jax.Array) -> BarDistribution:
-        """The bar distribution of standardised y."""
-        return BarDistribution(logits=logits, borders=self.borders[...])

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CaseStudy:
-    """A named causal graph: nodes in topological order, edges (parent, child), and the covariates that are shown.
+    """A named causal graph; its treatment is node "t", its outcome node "y".
 
-    The treatment is node "t", the outcome is node "y".
+    Attributes:
+        nodes: in topological order.
+        edges: (parent, child).
+        shown: the covariates that are shown; all others are hidden.
     """
 
     nodes: tuple[str, ...]
@@ -15,8 +18,9 @@ class CaseStudy:
     shown: tuple[str, ...]
 
 
-# The paper's equations, its figure and its released data disagree on the back-door and front-door graphs.
-# The released graph stands under both names for comparability; `frontdoor_pearl` is the textbook one.
+# The paper's equations, its figure and its released data disagree on the back-door and front-door
+# graphs. The released graph stands under both names for comparability; `frontdoor_pearl` is the
+# textbook one.
 _RELEASED_DOOR = CaseStudy(
     nodes=("x1", "t", "m", "y"),
     edges=(("x1", "t"), ("x1", "y"), ("t", "m"), ("m", "y")),
@@ -43,7 +47,11 @@ CASE_STUDIES = {
     "backdoor": _RELEASED_DOOR,
     "frontdoor": _RELEASED_DOOR,
     "frontdoor_pearl": CaseStudy(
-        nodes=("u", "t", "m", "y"), edges=(("u", "t"), ("u", "y"), ("t", "m"), ("m", "y")), shown=("m",)
+        nodes=("u", "t", "m", "y"),
+        edges=(("u", "t"), ("u", "y"), ("t", "m"), ("m", "y")),
+        shown=("m",),
     ),
-    "common_effect": CaseStudy(nodes=("t", "x1", "y"), edges=(("t", "y"), ("x1", "y")), shown=("x1",)),
+    "common_effect": CaseStudy(
+        nodes=("t", "x1", "y"), edges=(("t", "y"), ("x1", "y")), shown=("x1",)
+    ),
 }

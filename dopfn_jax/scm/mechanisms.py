@@ -1,11 +1,12 @@
-"""The nonlinearities that a node applies to the weighted sum of its parents (Do-PFN, Appendix C.1)."""
+"""The nonlinearities that a node applies to the weighted sum of its parents (Appendix C.1)."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-# The position of a name is its id in `SCM.mechanism`. Each maps 0 to 0, so that a root is its noise alone.
+# The position of a name is its id in `SCM.mechanism`. Each maps 0 to 0, so that a root is its
+# noise alone.
 MECHANISMS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "identity": lambda x: x,
     "square": jnp.square,

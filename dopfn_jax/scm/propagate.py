@@ -24,7 +24,9 @@ def propagate(
     """
 
     def set_node(k: int, z: jax.Array) -> jax.Array:
-        value = apply_mechanism(scm.mechanism[k], scm.weights[k] @ z) + noise[k]
+        # Not a matrix product: accelerators would round its factors to fewer bits.
+        inputs = (scm.weights[k][:, None] * z).sum(axis=0)
+        value = apply_mechanism(scm.mechanism[k], inputs) + noise[k]
         value = jnp.where(scm.binary[k], (value >= scm.threshold[k]).astype(value.dtype), value)
         if do is not None:
             node, values = do

@@ -1,4 +1,4 @@
-"""The SCM pytree: a graph, its mechanisms and its noise, as arrays that `vmap` and `jit` understand."""
+"""The SCM pytree: a graph, its mechanisms and its noise, as arrays for `vmap` and `jit`."""
 
 import math
 
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 class SCM:
     """An additive-noise structural causal model over K nodes in topological order.
 
-    Node k is z_k = g_k(sum_l weights[k, l] z_l) + e_k, then 1 or 0 for z_k >= threshold[k] where `binary[k]`.
-    Leading batch axes are allowed on every field (`vmap`).
+    Node k is z_k = g_k(sum_l weights[k, l] z_l) + e_k; where `binary[k]`, it then becomes 1 if
+    z_k >= threshold[k], else 0. Leading batch axes are allowed on every field (`vmap`).
 
     Attributes:
         adjacency: (K, K) bool, [child, parent], strictly lower triangular.
@@ -36,7 +36,7 @@ class SCM:
 
 
 def descendants(adjacency: jax.Array) -> jax.Array:
-    """Transitive closure: entry [k, l] is True where a directed path leads from node l to node k. (K, K) bool."""
+    """Transitive closure of (K, K) bool: entry [k, l] says whether a path leads from l to k."""
     reach = adjacency.astype(jnp.float32)
     for _ in range(math.ceil(math.log2(max(adjacency.shape[-1], 2)))):
         reach = jnp.minimum(reach + reach @ reach, 1.0)

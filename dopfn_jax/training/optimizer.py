@@ -39,7 +39,7 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
 
 
 def _layer_matrices(params: Any) -> Any:
-    """Muon's (input, output) axes for the stacked matrices of the layers, None for other parameters."""
+    """Muon's (input, output) axes for the stacked matrices of the layers, None for all others."""
 
     def of(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | None:
         is_layer = path[0] == jax.tree_util.DictKey("layers")

@@ -1,5 +1,6 @@
-"""The fused train step: sample tasks, loss, gradient and update in one jitted function on one mesh."""
+"""The fused train step: sample tasks, loss, gradient and update in one jitted function."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -20,8 +21,8 @@ from dopfn_jax.prior import Task, sample_tasks
 from dopfn_jax.sharding import MeshError, state_shardings
 from dopfn_jax.training.optimizer import make_optimizer, make_schedule
 
-# Standardised targets beyond this are moved to it, so that the mean loss does not hang on a few heavy tails. The
-# gradient hardly changes: within a tail bucket it does not depend on the target.
+# Standardised targets beyond this are moved to it, so that the mean loss does not hang on a few
+# heavy tails. The gradient hardly changes: within a tail bucket it does not depend on the target.
 TARGET_LIMIT = 20.0
 # Streams of the run's key that are not training steps.
 _INIT_STREAM, _BORDER_STREAM = 2**31 - 1, 2**31 - 2
@@ -56,7 +57,8 @@ class Metrics:
     """Scalars of one step, on the device.
 
     Attributes:
-        loss: mean negative log-likelihood of the query rows of valid tasks, in nats of standardised y.
+        loss: mean negative log-likelihood of the query rows of valid tasks, in nats of
+            standardised y.
         gradient_norm: global norm before clipping.
         learning_rate: of this step.
         masked_tasks: degenerate tasks of the batch, which carried no loss.
@@ -78,41 +80,57 @@ class Trainer:
     """
 
     def __init__(self, config: Config, mesh: Mesh):
-        for shape in (*config.training.shapes, config.training.validation):
-            if shape.tasks % mesh.shape["data"]:
+        data = mesh.shape["data"]
+        shapes = [("shapes", shape) for shape in config.training.shapes]
+        for name, shape in [*shapes, ("validation", config.training.validation)]:
+            if shape.tasks % data:
                 raise MeshError(
-                    f"a shape of {shape.tasks} tasks cannot be split over a data axis of {mesh.shape['data']} devices: "
-                    "override training.shapes with a multiple of it, or choose another --mesh"
+                    f"training.{name} has {shape.tasks} tasks, which a data axis of {data} devices "
+                    "does not divide: give it a multiple, or choose another --mesh"
                 )
         self.config, self.mesh = config, mesh
         self._optimizer = make_optimizer(config.training)
         self._schedule = make_schedule(config.training)
         abstract_model = nnx.eval_shape(lambda: DoPFN(config.model, rngs=nnx.Rngs(0)))
         self.graphdef = nnx.graphdef(abstract_model)
-        abstract_state = jax.eval_shape(self._init, jnp.zeros(config.model.buckets + 1))
+        abstract_state = jax.eval_shape(
+            self._init, jax.ShapeDtypeStruct((config.model.buckets + 1,), jnp.float32)
+        )
         self.shardings = state_shardings(abstract_state, mesh, config.model.heads)
         self.abstract_state = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract_state, self.shardings
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            abstract_state,
+            self.shardings,
         )
         self._steps: dict[TableShape, Callable[[TrainState], tuple[TrainState, Metrics]]] = {}
         self._validate = jax.jit(self._validation_metrics)
 
-    def init(self) -> TrainState:
-        """A fresh state, created already sharded; bucket borders are fitted to outcomes drawn from the prior."""
+    def init(self, borders: jax.Array | None = None) -> TrainState:
+        """A fresh state, created already sharded.
+
+        Args:
+            borders: (Q + 1,) bucket borders; by default fitted to outcomes drawn from the prior.
+        """
         with jax.set_mesh(self.mesh):
-            return jax.jit(self._init, out_shardings=self.shardings)(self._fit_borders())
+            borders = self._fit_borders() if borders is None else borders
+            return jax.jit(self._init, out_shardings=self.shardings)(borders)
 
     def step(self, state: TrainState, shape: TableShape) -> tuple[TrainState, Metrics]:
-        """One update on a fresh batch of `shape`. The given state is donated. Compiles once per shape."""
+        """One update on a fresh batch; the given state is donated. Compiles once per shape."""
         if shape not in self._steps:
             self._steps[shape] = jax.jit(
-                partial(self._train_step, shape), donate_argnums=0, out_shardings=(self.shardings, None)
+                partial(self._train_step, shape),
+                donate_argnums=0,
+                out_shardings=(self.shardings, None),
             )
         with jax.set_mesh(self.mesh):
             return self._steps[shape](state)
 
     def validate(self, state: TrainState) -> dict[str, jax.Array]:
-        """Mean loss and median mean squared error (of standardised y) on fixed held-out tasks, by the averaged weights."""
+        """Mean loss and median mean squared error on fixed held-out tasks, by the averaged weights.
+
+        Both are of standardised y.
+        """
         with jax.set_mesh(self.mesh):
             return self._validate(state)
 
@@ -121,12 +139,20 @@ class Trainer:
         return nnx.merge(self.graphdef, state.average, state.constants)
 
     def _fit_borders(self) -> jax.Array:
-        config = self.config
-        shape = TableShape(rows=256, context=(128, 128), tasks=_BORDER_TASKS)
+        config, data = self.config, self.mesh.shape["data"]
+        # As many as the mesh can split; the surplus is cut off, so that no mesh sees others.
+        tasks = -(-_BORDER_TASKS // data) * data
+        shape = TableShape(rows=256, context=(128, 128), tasks=tasks)
+
+        @jax.jit
+        def targets(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            task = sample_batch(key, config.prior, shape, self.mesh)
+            scaler = Scaler.fit(task.context_x, task.context_y, task.context_mask)
+            return scaler.outcome(task.query_y), task.query_mask & task.valid[:, None]
+
         key = jax.random.fold_in(jax.random.key(config.training.seed), _BORDER_STREAM)
-        task = sample_batch(key, config.prior, shape, self.mesh)
-        scaler = Scaler.fit(task.context_x, task.context_y, task.context_mask)
-        y = np.asarray(scaler.outcome(task.query_y))[np.asarray(task.query_mask & task.valid[:, None])]
+        y, present = (np.asarray(array) for array in targets(key))
+        y = y[:_BORDER_TASKS][present[:_BORDER_TASKS]]
         y = np.clip(y, -TARGET_LIMIT, TARGET_LIMIT)
         return fit_borders(y, config.model.buckets, config.model.uniform_border_share)
 
@@ -134,7 +160,7 @@ class Trainer:
         key = jax.random.key(self.config.training.seed)
         model = DoPFN(self.config.model, rngs=nnx.Rngs(jax.random.fold_in(key, _INIT_STREAM)))
         model.borders[...] = borders
-        _, params, constants = nnx.split(model, nnx.Param, ...)
+        params, constants = nnx.state(model, nnx.Param, ...)
         return TrainState(
             params=params,
             constants=constants,
@@ -145,19 +171,21 @@ class Trainer:
         )
 
     def _train_step(self, shape: TableShape, state: TrainState) -> tuple[TrainState, Metrics]:
-        task = sample_batch(jax.random.fold_in(state.key, state.step), self.config.prior, shape, self.mesh)
+        task = sample_batch(
+            jax.random.fold_in(state.key, state.step), self.config.prior, shape, self.mesh
+        )
 
         def loss_of(params: nnx.State) -> jax.Array:
-            model = nnx.merge(self.graphdef, params, state.constants)
-            log_likelihood, weight = score(model, task)
-            return -(log_likelihood * weight).sum() / jnp.maximum(weight.sum(), 1.0)
+            return score(nnx.merge(self.graphdef, params, state.constants), task).loss
 
         loss, gradient = jax.value_and_grad(loss_of)(state.params)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         updates, opt_state = self._optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # The average forgets its start faster than its decay says, so that early evaluations are not stale.
-        decay = jnp.minimum(self.config.training.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        # At first the average forgets faster than its decay says: early evaluations are not stale.
+        decay = jnp.minimum(
+            self.config.training.ema_decay, (1.0 + state.step) / (10.0 + state.step)
+        )
         average = optax.incremental_update(params, state.average, 1.0 - decay)
 
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -173,20 +201,19 @@ class Trainer:
             masked_tasks=(~task.valid).sum(),
             skipped=(~finite).astype(jnp.int32),
         )
-        state = state.replace(params=params, average=average, opt_state=opt_state, step=state.step + 1)
+        state = dataclasses.replace(
+            state, params=params, average=average, opt_state=opt_state, step=state.step + 1
+        )
         return state, metrics
 
     def _validation_metrics(self, state: TrainState) -> dict[str, jax.Array]:
         shape = self.config.training.validation
         task = sample_batch(jax.random.key(_VALIDATION_SEED), self.config.prior, shape, self.mesh)
-        model = self.model(state)
-        logits, scaler = apply(model, task)
-        target = scaler.outcome(task.query_y)
-        log_likelihood, weight = score(model, task)
-        squared = (model.distribution(logits).mean - target) ** 2
-        by_task = (squared * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1.0)
+        scored = score(self.model(state), task)
+        rows = jnp.maximum(scored.weight.sum(axis=1), 1.0)
+        by_task = (scored.squared_error * scored.weight).sum(axis=1) / rows
         return {
-            "validation_loss": -(log_likelihood * weight).sum() / jnp.maximum(weight.sum(), 1.0),
+            "validation_loss": scored.loss,
             "validation_median_mse": jnp.nanmedian(jnp.where(task.valid, by_task, jnp.nan)),
         }
 
@@ -194,8 +221,8 @@ class Trainer:
 def sample_batch(key: jax.Array, prior: PriorConfig, shape: TableShape, mesh: Mesh) -> Task:
     """A batch of tasks, split over the mesh's data axis and sampled where it is used.
 
-    Task i depends on (key, i) alone, so the data is bitwise the same on any mesh. Inside `shard_map` the rejection
-    loops of random samplers stay local to each device.
+    Task i depends on (key, i) alone, so the data is bitwise the same on any mesh. Inside
+    `shard_map` the rejection loops of random samplers stay local to each device.
     """
     local = shape.tasks // mesh.shape["data"]
 
@@ -207,9 +234,30 @@ def sample_batch(key: jax.Array, prior: PriorConfig, shape: TableShape, mesh: Me
     return jax.jit(jax.shard_map(sample_local, mesh=mesh, in_specs=P(), out_specs=P("data")))(key)
 
 
-def apply(model: DoPFN, task: Task) -> tuple[jax.Array, Scaler]:
-    """The model's logits (B, M, Q) for a batch of tasks, and the standardisation."""
-    return model(
+@flax.struct.dataclass
+class Score:
+    """How well a model answers the queries of a batch of tasks, on the standardised y axis.
+
+    Attributes:
+        log_likelihood: (B, M) of the targets.
+        squared_error: (B, M) of the mean.
+        weight: (B, M) 1, or 0 where the row or its task is masked.
+    """
+
+    log_likelihood: jax.Array
+    squared_error: jax.Array
+    weight: jax.Array
+
+    @property
+    def loss(self) -> jax.Array:
+        """Mean negative log-likelihood of the rows that count, () (Do-PFN, Algorithm 1)."""
+        total = (self.log_likelihood * self.weight).sum()
+        return -total / jnp.maximum(self.weight.sum(), 1.0)
+
+
+def score(model: DoPFN, task: Task) -> Score:
+    """Compares the model's answers with the targets of a batch of tasks."""
+    logits, scaler = model(
         task.context_x,
         task.context_t,
         task.context_y,
@@ -218,14 +266,13 @@ def apply(model: DoPFN, task: Task) -> tuple[jax.Array, Scaler]:
         task.query_x,
         task.query_t,
     )
-
-
-def score(model: DoPFN, task: Task) -> tuple[jax.Array, jax.Array]:
-    """Log-likelihood (B, M) of standardised targets, and the weight (B, M) of each query row: 1, or 0 where masked."""
-    logits, scaler = apply(model, task)
-    target = jnp.clip(scaler.outcome(task.query_y), -TARGET_LIMIT, TARGET_LIMIT)
-    weight = (task.query_mask & task.valid[:, None]).astype(jnp.float32)
-    return model.distribution(logits).log_prob(target), weight
+    prediction, target = model.distribution(logits), scaler.outcome(task.query_y)
+    limited = jnp.clip(target, -TARGET_LIMIT, TARGET_LIMIT)
+    return Score(
+        log_likelihood=prediction.log_prob(limited),
+        squared_error=(prediction.mean - target) ** 2,
+        weight=(task.query_mask & task.valid[:, None]).astype(jnp.float32),
+    )
 
 
 def shape_of_step(shapes: tuple[TableShape, ...], seed: int, step: int) -> TableShape:

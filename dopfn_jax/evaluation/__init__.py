@@ -1,0 +1,1 @@
+"""Evaluation: data with known truths, the paper's protocol and its metric."""

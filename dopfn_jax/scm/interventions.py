@@ -1,0 +1,144 @@
+"""The operators do and observe: a new SCM in which a node is set, or data are given."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from dopfn_jax.scm.distributions import as_leaf
+from dopfn_jax.scm.named import PROBE_ROWS, SCM, SCMError
+from dopfn_jax.scm.nodes import Constant, Node, as_pytree
+
+Intervention = ArrayLike | Callable[[jax.Array], jax.Array]
+
+
+def do(
+    scm: SCM,
+    interventions: Mapping[str, Intervention],
+    *,
+    prune: bool = False,
+    outputs: str | Iterable[str] | None = None,
+) -> SCM:
+    """The SCM after interventions.
+
+    A number or array replaces a node's mechanism and noise: its incoming edges are cut. A function
+    maps the node's natural value, what it would have been, to the new one (b -> 5 b); incoming
+    edges then end in the natural value, and children see the new one. A later `do` on the same
+    node replaces its value, or applies to it.
+
+    On an observed SCM, data of an intervened node are its natural value. Data of its descendants
+    belong to the world without the intervention and are released: these nodes are random again.
+    For what would have happened to the very units that were observed, see `counterfactual`.
+
+    Args:
+        scm: the model; it is left as it is.
+        interventions: {node: number, (R,) array, or function}. Numbers hold for all rows;
+            parameters take single numbers only.
+        prune: drop every node that cannot influence `outputs`.
+        outputs: what to keep when pruning; by default the intervened nodes and their descendants.
+
+    Raises:
+        SCMError: an unknown node, a value of the wrong shape or not finite, or arrays whose number
+            of rows differs from that of the data or of one another.
+    """
+    scm.require(interventions)
+    nodes, observations = dict(scm.nodes), dict(scm.observations)
+    affected = {*interventions, *scm.descendants(interventions)}
+    for name, intervention in interventions.items():
+        nodes[name] = _intervened(name, nodes[name], intervention, observations.get(name))
+    kept = {name: data for name, data in observations.items() if name not in affected}
+    result = scm.replace(nodes=nodes, observations=kept)
+    _ = result.rows  # raises where numbers of rows disagree
+    if not prune:
+        return result
+    return result.prune(affected if outputs is None else outputs)
+
+
+def _intervened(name: str, old: Node, intervention: Intervention, data: Any) -> Node:
+    constant = Node(per_row=old.per_row, intervened=True)
+    if callable(intervention):
+        function = as_pytree(intervention)
+        if data is not None:
+            old = constant.replace(mechanism=Constant(data))
+        _check_function(name, old, function)
+        return old.replace(transforms=(*old.transforms, function), intervened=True)
+    value = _as_value("do", name, intervention)
+    if value.ndim > int(old.per_row):
+        raise SCMError(
+            f"do: {name!r} has shape {value.shape}, but "
+            + ("must be one number or (R,)." if old.per_row else "is a parameter: one number.")
+        )
+    return constant.replace(mechanism=Constant(value))
+
+
+def _check_function(name: str, old: Node, function: Callable[[jax.Array], Any]) -> None:
+    """Raises SCMError where the function does not map rows to rows."""
+    shape: tuple[int, ...] = (PROBE_ROWS,) if old.per_row else ()
+    if isinstance(old.mechanism, Constant):
+        shape = np.shape(old.mechanism.value)
+    try:
+        out = jax.eval_shape(function, jax.ShapeDtypeStruct(shape, np.float32))
+    except Exception as error:
+        raise SCMError(f"do: the function of {name!r} fails: {error}") from error
+    if np.shape(out) not in ((), shape):
+        raise SCMError(
+            f"do: the function of {name!r} maps shape {shape} to {np.shape(out)}; it must keep it."
+        )
+
+
+def observe(scm: SCM, data: Mapping[str, ArrayLike]) -> SCM:
+    """The SCM with data: what `fit` conditions on, and what later steps take as given.
+
+    Args:
+        scm: the model; it is left as it is.
+        data: {node: (R,) values, or one number for a parameter}, or a data frame.
+
+    Raises:
+        SCMError: an unknown node, one that is already observed, set by `do` or deterministic, a
+            wrong shape, unequal numbers of rows, or values that are not finite.
+    """
+    data = {name: data[name] for name in data.keys()}  # noqa: SIM118 - a data frame iterates otherwise
+    scm.require(data)
+    observations = dict(scm.observations)
+    for name, values in data.items():
+        target = scm.nodes[name]
+        if target.intervened:
+            raise SCMError(
+                f"observe: {name!r} is set by do, so data on it conflict. Observe the SCM before "
+                "do, or leave the node out."
+            )
+        if name in observations:
+            raise SCMError(f"observe: {name!r} is already observed.")
+        if not target.is_random:
+            raise SCMError(
+                f"observe: {name!r} is a deterministic function of {target.inputs!r}. Leave it "
+                "out, or give it noise."
+            )
+        value = _as_value("observe", name, values)
+        if value.ndim != int(target.per_row):
+            raise SCMError(
+                f"observe: {name!r} has shape {value.shape}, but must be "
+                + ("(R,), one value per row." if target.per_row else "one number: a parameter.")
+            )
+        observations[name] = value
+    result = scm.replace(observations=observations)
+    _ = result.rows  # raises where numbers of rows disagree
+    return result
+
+
+def _as_value(operator: str, name: str, value: Any) -> Any:
+    """`value` as float32; concrete values must be finite."""
+    if isinstance(value, jax.core.Tracer):
+        return as_leaf(value)
+    try:
+        leaf = as_leaf(value)
+    except (TypeError, ValueError) as error:
+        raise SCMError(f"{operator}: {name!r} = {value!r} is not numeric.") from error
+    if not np.all(np.isfinite(np.asarray(leaf))):
+        raise SCMError(
+            f"{operator}: {name!r} holds values that are not finite. Drop these rows, or leave the "
+            "node out."
+        )
+    return leaf

@@ -1,0 +1,97 @@
+"""Attention against a loop in NumPy, and its masks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from flax import nnx
+
+from dopfn_jax.model.attention import Attention
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+B, A, N, M, D, H = 2, 3, 5, 4, 8, 2
+
+
+@pytest.fixture(scope="module")
+def attention() -> Attention:
+    abstract = nnx.eval_shape(lambda: Attention(D, H, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), abstract)
+
+
+@pytest.fixture
+def tokens() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    reading, read = rng.normal(size=(B, A, M, D)), rng.normal(size=(B, A, N, D))
+    mask = np.array([[True, True, False, True, False], [False, True, True, True, True]])
+    return reading.astype(np.float32), read.astype(np.float32), mask
+
+
+@jax.jit
+def _attend(attention: Attention, reading: jax.Array, read: jax.Array, mask: jax.Array):
+    return attention(reading, attention.keys_values(read), mask)
+
+
+def test_equals_a_loop_over_tasks_heads_and_tokens(attention: Attention, tokens):
+    reading, read, mask = tokens
+    query, key, value, out = (
+        np.asarray(getattr(attention, name).kernel[...], np.float64)
+        for name in ("query", "key", "value", "out")
+    )
+    expected = np.zeros((B, A, M, D))
+    for b, a, m in np.ndindex(B, A, M):
+        heads = []
+        for h in range(H):
+            part = slice(h * D // H, (h + 1) * D // H)
+            q, k, v = (
+                (values @ kernel[:, part])
+                for values, kernel in (
+                    (reading[b, a, m], query),
+                    (read[b, a], key),
+                    (read[b, a], value),
+                )
+            )
+            weights = scipy.special.softmax(np.where(mask[b], k @ q / np.sqrt(D / H), -np.inf))
+            heads.append(weights @ v)
+        expected[b, a, m] = np.concatenate(heads) @ out
+    np.testing.assert_allclose(
+        _attend(attention, reading, read, mask), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_masked_tokens_are_not_read(attention: Attention, tokens):
+    reading, read, mask = tokens
+    other = np.where(mask[:, None, :, None], read, 1e4).astype(np.float32)
+    expected = _attend(attention, reading, read, mask)
+    np.testing.assert_array_equal(_attend(attention, reading, other, mask), expected)
+
+
+def test_finite_where_every_token_is_masked(attention: Attention, tokens):
+    reading, read, mask = tokens
+    assert np.isfinite(_attend(attention, reading, read, np.zeros_like(mask))).all()
+
+
+def test_keys_and_values_have_one_slice_per_head(attention: Attention, tokens):
+    _, read, _ = tokens
+    keys, values = attention.keys_values(jnp.asarray(read))
+    assert keys.shape == values.shape == (B, A, N, H, D // H)
+
+
+def test_bfloat16_stays_close_and_keeps_its_parameters_in_float32(attention: Attention, tokens):
+    low = nnx.eval_shape(lambda: Attention(D, H, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0)))
+    low = nnx.merge(nnx.graphdef(low), nnx.state(attention))
+    reading, read, mask = tokens
+    exact = _attend(attention, reading, read, mask)
+    rounded = _attend(low, jnp.bfloat16(reading), jnp.bfloat16(read), mask)
+    assert rounded.dtype == jnp.bfloat16
+    assert low.query.kernel.dtype == jnp.float32
+    scale = np.abs(exact).max()
+    np.testing.assert_allclose(rounded.astype(jnp.float32), exact, atol=0.1 * scale)
+
+
+def test_kernels_name_their_axes(attention: Attention):
+    for name in ("query", "key", "value"):
+        assert getattr(attention, name).kernel.get_metadata("axes") == ("embed", "heads")
+    assert attention.out.kernel.get_metadata("axes") == ("heads", "embed")

@@ -1,0 +1,443 @@
+import json
+import math
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+from flax import nnx
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+
+import dopfn_jax.estimators as estimators
+from dopfn_jax.checkpoints import (
+    DEFAULT_CHECKPOINT,
+    Checkpoint,
+    CheckpointError,
+    checkpoint_names,
+    save_checkpoint,
+)
+from dopfn_jax.config import Config, ModelConfig, PriorConfig
+from dopfn_jax.estimators import DoPFNRegressor, _padded_rows, _power_of_two, _random_half
+from dopfn_jax.model.bar_distribution import BarDistribution
+from dopfn_jax.model.transformer import DoPFN
+from dopfn_jax.predict import cate, encode
+from dopfn_jax.tables import TableError
+
+ROWS, COVARIATES = 16, 3
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    """An untrained model, made in one compilation, whose answers differ from row to row."""
+    config = Config(
+        prior=PriorConfig(max_nodes=7),
+        model=ModelConfig(width=16, layers=2, heads=2, features_per_token=0, buckets=16),
+    )
+
+    def build() -> DoPFN:
+        model = DoPFN(config.model, rngs=nnx.Rngs(0))
+        model.head.kernel[...] *= 100
+        return model
+
+    graphdef, _ = nnx.split(nnx.eval_shape(build))
+    model = nnx.merge(graphdef, jax.jit(lambda: nnx.state(build()))())
+    return Checkpoint("tiny", model, config, steps=0)
+
+
+def table(rows: int = ROWS) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    X = pd.DataFrame(generator.normal(size=(rows, COVARIATES)), columns=["age", "dose", "score"])
+    t = generator.permutation(np.arange(rows) % 2)
+    y = 3 * X["age"].to_numpy() + t * X["dose"].to_numpy() + generator.normal(size=rows) + 10
+    return X, t, y
+
+
+@pytest.fixture(scope="module")
+def fitted(checkpoint: Checkpoint) -> DoPFNRegressor:
+    return DoPFNRegressor(checkpoint, n_resamples=6).fit(*table())
+
+
+def assert_same(actual, expected, tolerance: float = 1e-4) -> None:
+    """Equal up to a tolerance relative to the largest expected value."""
+    np.testing.assert_allclose(actual, expected, atol=tolerance * np.abs(expected).max())
+
+
+class TestAnswers:
+    def test_agree_with_the_functional_interface(self, checkpoint, fitted) -> None:
+        X, t, y = table()
+        x, t, y = (np.asarray(part, np.float32) for part in (X, t, y))
+        context = jax.jit(encode)(checkpoint.model, x, t, y)
+        expected = jax.jit(cate)(checkpoint.model, context, x[:5])
+        assert_same(fitted.cate(X[:5]), expected)
+        assert np.std(expected) > 0.01
+
+    def test_shapes_and_types(self, fitted) -> None:
+        X, t, _ = table()
+        for output_type in ("mean", "median", "mode"):
+            answer = fitted.predict(X[:5], t[:5], output_type)
+            assert answer.shape == (5,)
+            assert answer.dtype == np.float64
+        assert fitted.predict(X[:5], 1, "quantiles", [0.1, 0.9]).shape == (5, 2)
+        assert fitted.predict_distribution(X[:5], 1).batch_shape == (5,)
+        assert fitted.cate(X[:5]).shape == (5,)
+        assert isinstance(fitted.ate(X[:5]), float)
+
+    def test_summaries_are_those_of_the_distribution(self, fitted) -> None:
+        X, t, _ = table()
+        levels = np.array([0.05, 0.5, 0.95], np.float32)
+
+        @jax.jit
+        def summarise(answer: BarDistribution) -> tuple[jax.Array, ...]:
+            return answer.mean, answer.median, answer.mode, answer.quantile(levels)
+
+        names = ("mean", "median", "mode", "quantiles")
+        summaries = zip(names, summarise(fitted.predict_distribution(X, t)), strict=True)
+        for output_type, expected in summaries:
+            assert_same(fitted.predict(X, t, output_type), expected, 1e-5)
+
+    def test_effects_are_differences_of_means(self, fitted) -> None:
+        X, _, _ = table()
+        effects = fitted.predict(X, np.ones(ROWS)) - fitted.predict(X, 0)
+        assert_same(fitted.cate(X), effects, 1e-5)
+        np.testing.assert_array_equal(fitted.cate(), fitted.cate(X))
+        assert fitted.ate() == pytest.approx(effects.mean(), rel=1e-4)
+        assert fitted.ate(X[:3]) == pytest.approx(effects[:3].mean(), rel=1e-4)
+
+    def test_chunks_change_nothing(self, fitted, monkeypatch) -> None:
+        X = pd.concat([table()[0]] * 3, ignore_index=True)[:40]
+        whole = fitted.predict(X, 1), fitted.cate(X), fitted.predict_distribution(X, 1).logits
+        monkeypatch.setattr(estimators, "_CHUNK_ROWS", 16)
+        assert len(list(fitted._chunks(40, 16))) == 3
+        chunked = fitted.predict(X, 1), fitted.cate(X), fitted.predict_distribution(X, 1).logits
+        for parts, expected in zip(chunked, whole, strict=True):
+            assert_same(parts, expected, 1e-5)
+
+    def test_order_of_rows_and_columns_does_not_matter(self, checkpoint, fitted) -> None:
+        X, t, y = table()
+        rows = np.random.default_rng(1).permutation(ROWS)
+        shuffled = X.iloc[rows][["score", "age", "dose"]]
+        other = DoPFNRegressor(checkpoint).fit(shuffled, t[rows], y[rows])
+        assert_same(other.cate(X), fitted.cate(X))
+        assert other.feature_names_in_.tolist() == ["score", "age", "dose"]
+
+    @pytest.mark.parametrize(
+        ("scale", "shift"), [(40.0, -7.0), (1e-30, 0.0), (1e30, 1e30), (0.01, 1.6e9)]
+    )
+    def test_answers_follow_the_units_of_the_outcome(
+        self, checkpoint, fitted, scale: float, shift: float
+    ) -> None:
+        X, t, y = table()
+        other = DoPFNRegressor(checkpoint).fit(X, t, scale * y + shift)
+        assert_same((other.predict(X, t) - shift) / scale, fitted.predict(X, t))
+        assert_same(other.cate() / scale, fitted.cate())
+        assert_same(other.ate() / scale, fitted.ate())
+
+    def test_answers_do_not_depend_on_the_units_of_covariates(self, checkpoint, fitted) -> None:
+        X, t, y = table()
+        X = X * [1e-30, 1e30, 1.0] + [0.0, 0.0, 1.6e9]
+        assert_same(DoPFNRegressor(checkpoint).fit(X, t, y).cate(X), fitted.cate(), 1e-3)
+
+    def test_every_row_is_answered_on_its_own(self, fitted) -> None:
+        X, _, _ = table()
+        alone = np.concatenate([fitted.cate(X[i : i + 1]) for i in range(3)])
+        assert_same(alone, fitted.cate(X)[:3], 1e-5)
+
+    def test_no_query_rows_give_empty_answers(self, fitted) -> None:
+        nothing = table()[0][:0]
+        assert fitted.predict(nothing, 1).shape == fitted.cate(nothing).shape == (0,)
+        assert fitted.predict_distribution(nothing, []).batch_shape == (0,)
+
+    def test_missing_cells(self, checkpoint, fitted) -> None:
+        X, t, y = table()
+        X.iloc[::4, 0] = np.nan
+        X["never"] = np.nan
+        effects = DoPFNRegressor(checkpoint).fit(X, t, y).cate(X)
+        assert np.isfinite(effects).all()
+        assert np.abs(effects - fitted.cate()).max() > 1e-3
+
+    def test_a_table_without_covariates(self, checkpoint) -> None:
+        _, t, y = table()
+        for X in (None, np.empty((ROWS, 0)), pd.DataFrame(index=range(ROWS))):
+            model = DoPFNRegressor(checkpoint).fit(X, t, y)
+            answers = model.predict(None, [0, 1, 1])
+            assert answers[1] == answers[2] != answers[0]
+            assert model.ate() == pytest.approx(answers[1] - answers[0], rel=1e-4)
+            assert model.predict(None, 1) == pytest.approx(answers[1:2])
+
+    def test_booleans_and_text(self, checkpoint) -> None:
+        X, t, y = table()
+        coded = X.assign(dose=(X["dose"] > 0).astype(float), score=t)
+        text = X.assign(dose=np.where(X["dose"] > 0, "yes", "no"), score=t == 1)
+        expected = DoPFNRegressor(checkpoint).fit(coded, t, y).cate(coded)
+        model = DoPFNRegressor(checkpoint).fit(text, t == 1, pd.Series(y, name="kg"))
+        assert_same(model.cate(text), expected, 1e-6)
+
+    def test_few_compilations_serve_many_table_sizes(self, checkpoint, fitted) -> None:
+        fitted.predict(table()[0], 1)
+        compiled = estimators._encode._cache_size(), estimators._predict._cache_size()
+        for rows, columns in [(9, 1), (12, 2), (16, 3)]:
+            X, t, y = table(rows)
+            DoPFNRegressor(checkpoint).fit(X.iloc[:, :columns], t, y).predict(
+                X.iloc[: rows - 3, :columns], 1
+            )
+        assert compiled == (estimators._encode._cache_size(), estimators._predict._cache_size())
+
+
+class TestInterval:
+    def test_is_centred_deterministic_and_wider_for_more_confidence(self, fitted) -> None:
+        low, high = fitted.ate_interval()
+        assert (low + high) / 2 == pytest.approx(fitted.ate(), rel=1e-6)
+        assert high - low > 1e-3
+        assert fitted.ate_interval(table()[0]) == (low, high)
+        lower, higher = fitted.ate_interval(alpha=0.01)
+        assert (higher - lower) / (high - low) == pytest.approx(2.575829 / 1.959964, rel=1e-4)
+
+    def test_seed_decides_the_halves(self, checkpoint, fitted) -> None:
+        other = DoPFNRegressor(checkpoint, n_resamples=6, random_state=1).fit(*table())
+        assert other.ate_interval() != fitted.ate_interval()
+
+    def test_halves_are_fitted_like_tables(self, checkpoint, fitted) -> None:
+        X, t, y = table()
+        generator = np.random.default_rng(0)
+        halves = [_random_half(t.astype(np.float32), generator) for _ in range(6)]
+        # In batches of four, of which the second has to be filled up.
+        together = fitted._ate_of_halves(fitted.table_.x) * fitted.schema_.outcome.scale
+        assert together.shape == (6,)
+        for i in (0, 5):
+            half = halves[i]
+            alone = DoPFNRegressor(checkpoint).fit(X.iloc[half], t[half], y[half]).ate(X)
+            assert together[i] == pytest.approx(alone, rel=1e-3, abs=1e-4)
+
+    def test_many_rows_share_the_error_of_some(self, fitted, monkeypatch) -> None:
+        X = pd.concat([table()[0]] * 3)
+        monkeypatch.setattr(estimators, "_INTERVAL_ROWS", ROWS)
+        low, high = fitted.ate_interval(X)
+        assert (low + high) / 2 == pytest.approx(fitted.ate(X), rel=1e-6)
+        low_of_all, high_of_all = fitted.ate_interval()
+        assert 0.3 < (high - low) / (high_of_all - low_of_all) < 3
+
+    def test_halves_keep_the_balance_of_the_arms(self) -> None:
+        t = (np.arange(101) < 31).astype(np.float32)
+        generator = np.random.default_rng(0)
+        sizes = set()
+        for _ in range(50):
+            half = _random_half(t, generator)
+            assert len(set(half)) == len(half)
+            sizes.add((int(t[half].sum()), len(half)))
+        assert sizes == {(15, 50), (16, 51)}
+        assert len(_random_half(np.float32([0, 1, 1]), generator)) == 2
+
+    def test_spread_over_halves_is_the_standard_error(self) -> None:
+        """Shown for the difference in means, whose standard error has a formula."""
+        generator = np.random.default_rng(0)
+        t = (np.arange(400) < 120).astype(np.float32)
+        y = generator.normal(size=400) * np.where(t, 3.0, 1.0)
+
+        def difference(rows: np.ndarray) -> float:
+            return y[rows][t[rows] == 1].mean() - y[rows][t[rows] == 0].mean()
+
+        spread = np.std([difference(_random_half(t, generator)) for _ in range(2000)])
+        error = math.sqrt(y[t == 1].var() / 120 + y[t == 0].var() / 280)
+        assert spread == pytest.approx(error, rel=0.05)
+
+    def test_refusals(self, checkpoint, fitted) -> None:
+        with pytest.raises(ValueError, match=r"alpha is 1\.5, but must lie between 0 and 1"):
+            fitted.ate_interval(alpha=1.5)
+        X, _, y = table()
+        model = DoPFNRegressor(checkpoint).fit(X, np.arange(ROWS) == 2, y)
+        with pytest.raises(TableError, match=r"single row with treatment 1: .*at least 2 rows"):
+            model.ate_interval()
+
+
+class TestSaving:
+    def test_a_fresh_process_gives_the_same_answers(self, fitted, tmp_path) -> None:
+        path, query = tmp_path / "deep" / "effects.dopfn", tmp_path / "query.csv"
+        fitted.save(path)
+        table()[0].to_csv(query, index=False)
+        program = (
+            "import json, sys, pandas as pd; from dopfn_jax import DoPFNRegressor;"
+            "model = DoPFNRegressor.load(sys.argv[1]); X = pd.read_csv(sys.argv[2]);"
+            "print(json.dumps([model.cate(X).tolist(), model.ate_interval()]))"
+        )
+        command = [sys.executable, "-c", program, path, query]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        effects, interval = json.loads(result.stdout)
+        np.testing.assert_allclose(effects, fitted.cate(), rtol=1e-5)
+        np.testing.assert_allclose(interval, fitted.ate_interval(), rtol=1e-5)
+
+    def test_settings_and_names_come_back(self, checkpoint, tmp_path) -> None:
+        folder = tmp_path / "weights"
+        save_checkpoint(folder, checkpoint.model, checkpoint.config, 0)
+        X, t, y = table()
+        model = DoPFNRegressor(folder, n_resamples=5, random_state=None).fit(
+            X.assign(dose=np.where(X["dose"] > 0, "yes", "no")), t, y
+        )
+        model.save(tmp_path / "model")
+        model.save(tmp_path / "model")  # a second time replaces the first
+        loaded = DoPFNRegressor.load(tmp_path / "model")
+        assert loaded.get_params() == {**model.get_params(), "checkpoint": str(folder)}
+        assert loaded.schema_ == model.schema_
+        assert loaded.checkpoint_.name == str(folder)
+        assert loaded.feature_names_in_.tolist() == ["age", "dose", "score"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "weights"]
+        np.testing.assert_array_equal(loaded.cate(), model.cate())
+
+    def test_nothing_else_is_overwritten(self, fitted, tmp_path) -> None:
+        data = tmp_path / "data.csv"
+        data.write_text("precious")
+        for path in (data, tmp_path):
+            with pytest.raises(FileExistsError, match="is no saved estimator: choose another name"):
+                fitted.save(path)
+        assert data.read_text() == "precious"
+
+    def test_a_failure_leaves_the_old_file(self, fitted, tmp_path, monkeypatch) -> None:
+        path = tmp_path / "model"
+        fitted.save(path)
+        before = path.read_bytes()
+
+        def fail(*_: object) -> None:
+            raise OSError("disk full")
+
+        monkeypatch.setattr(estimators, "save_checkpoint", fail)
+        with pytest.raises(OSError, match="disk full"):
+            fitted.save(path)
+        assert path.read_bytes() == before
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_unusable_files_are_refused(self, fitted, tmp_path) -> None:
+        path = tmp_path / "model"
+        with pytest.raises(FileNotFoundError):
+            DoPFNRegressor.load(path)
+        path.write_bytes(b"not a zip")
+        with pytest.raises(CheckpointError, match="model: not a saved estimator"):
+            DoPFNRegressor.load(path)
+        path.unlink()
+        fitted.save(path)
+        whole = path.read_bytes()
+        middle = whole.index(b"model.safetensors") + 10_000
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        with pytest.raises(CheckpointError, match="not a saved estimator"):
+            DoPFNRegressor.load(path)
+        path.write_bytes(whole)
+        with zipfile.ZipFile(path) as archive:
+            description = json.loads(archive.read("estimator.json"))
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("estimator.json", json.dumps({**description, "format": 99}))
+        with pytest.raises(CheckpointError, match="written by a later version"):
+            DoPFNRegressor.load(path)
+
+
+class TestConventions:
+    def test_clone_and_parameters(self, checkpoint, fitted) -> None:
+        model = DoPFNRegressor("name", n_resamples=8)
+        assert clone(model).get_params() == {
+            "checkpoint": "name",
+            "n_resamples": 8,
+            "max_context": 10_000,
+            "random_state": 0,
+        }
+        assert model.set_params(random_state=3).random_state == 3
+        assert repr(model) == "DoPFNRegressor(checkpoint='name', n_resamples=8, random_state=3)"
+        copy = clone(fitted)
+        assert not hasattr(copy, "context_")
+        np.testing.assert_array_equal(copy.fit(*table()).cate(), fitted.cate())
+
+    def test_fitted_attributes(self, checkpoint) -> None:
+        X, t, y = table()
+        model = DoPFNRegressor(checkpoint).fit(X, t, y)
+        assert model.n_features_in_ == COVARIATES
+        assert model.feature_names_in_.tolist() == list(X.columns)
+        model.fit(X.to_numpy()[:, :2], t, y)
+        assert model.n_features_in_ == 2
+        assert not hasattr(model, "feature_names_in_")
+
+    @pytest.mark.parametrize("method", ["cate", "ate", "ate_interval"])
+    def test_unfitted(self, method: str) -> None:
+        with pytest.raises(NotFittedError, match="DoPFNRegressor instance is not fitted yet"):
+            getattr(DoPFNRegressor(), method)()
+
+
+class TestRefused:
+    def test_a_failed_fit_keeps_the_last_one(self, checkpoint) -> None:
+        X, t, y = table()
+        model = DoPFNRegressor(checkpoint).fit(X, t, y)
+        effects = model.cate()
+        with pytest.raises(TableError, match="constant outcome"):
+            model.fit(X, t, np.ones(ROWS))
+        np.testing.assert_array_equal(model.cate(), effects)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"X": np.zeros((ROWS, 6))}, "6 covariates, but checkpoint 'tiny' .* at most 5"),
+            ({"t": np.ones(ROWS)}, "treatment t is 1 in all 16 rows"),
+            ({"t": np.arange(ROWS)}, "treatment t must hold 0 and 1"),
+            ({"y": np.full(ROWS, np.nan)}, "outcome y is missing in 16 rows"),
+            ({"X": np.full((ROWS, 1), np.inf)}, "column 0 holds inf"),
+            ({"X": pd.DataFrame({"day": ["2021-01-01"] * ROWS})}, "column 'day' holds dates"),
+            ({"X": np.zeros((3, 1))}, "the same number of rows, but X has 3"),
+        ],
+    )
+    def test_tables(self, checkpoint, change: dict, message: str) -> None:
+        X, t, y = table()
+        with pytest.raises(TableError, match=message):
+            DoPFNRegressor(checkpoint).fit(**{"X": X, "t": t, "y": y, **change})
+
+    def test_too_many_rows(self, checkpoint) -> None:
+        with pytest.raises(TableError, match=r"16 rows, more than max_context = 10: .*random sam"):
+            DoPFNRegressor(checkpoint, max_context=10).fit(*table())
+
+    def test_settings(self, checkpoint) -> None:
+        with pytest.raises(ValueError, match="n_resamples is 1, but must be 2 or more"):
+            DoPFNRegressor(checkpoint, n_resamples=1).fit(*table())
+
+    def test_missing_checkpoint(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="nowhere"):
+            DoPFNRegressor(tmp_path / "nowhere").fit(*table())
+
+    def test_queries(self, fitted) -> None:
+        X, _, _ = table()
+        for query, t, message in [
+            (X.drop(columns="age"), 1, "X lacks 'age'"),
+            (X.assign(y=1), 1, "has 'y' in addition"),
+            (None, [1], "X is None, but the table was fitted with covariates"),
+            (X, [0, 1], "X has 16 rows, but t has 2"),
+            (X, 2, "treatment t must hold 0 and 1"),
+            (X, np.nan, "treatment t is missing"),
+        ]:
+            with pytest.raises(TableError, match=message):
+                fitted.predict(query, t)
+        with pytest.raises(TableError, match="X has no rows to average over"):
+            fitted.ate(X[:0])
+        with pytest.raises(ValueError, match="output_type is 'sd', but must be one of 'mean'"):
+            fitted.predict(X, 1, "sd")
+        with pytest.raises(ValueError, match=r"quantiles are .* between 0 and 1"):
+            fitted.predict(X, 1, "quantiles", [0.5, 1.0])
+
+    def test_an_outcome_that_float32_cannot_hold(self, checkpoint) -> None:
+        X, t, y = table()
+        model = DoPFNRegressor(checkpoint).fit(X, t, 1.6e9 + 0.01 * y)
+        with pytest.raises(TableError, match=r"float32 cannot hold .* mean 1\.6e\+09"):
+            model.predict_distribution(X, 1)
+
+
+def test_row_sizes() -> None:
+    sizes = [_padded_rows(rows) for rows in range(1, 5000)]
+    assert sorted(set(sizes[:128])) == [16, 24, 32, 48, 64, 96, 128]
+    assert all(rows <= size for rows, size in enumerate(sizes, start=1))
+    assert len(set(sizes)) < 20
+    assert [_power_of_two(limit, 2, 12) for limit in (0.1, 3.9, 4.0, 7.0, 1e9)] == [2, 2, 4, 4, 8]
+
+
+@pytest.mark.skipif(DEFAULT_CHECKPOINT not in checkpoint_names(), reason="no weights are shipped")
+def test_quitting_smoking_adds_weight() -> None:
+    """NHEFS: Hernán and Robins report 3.5 kg (2.6 to 4.5); the difference in means is 2.5 kg."""
+    data = pd.read_csv(Path(__file__).parent.parent / "examples" / "data" / "nhefs.csv")
+    X, t, y = data.drop(columns=["qsmk", "wt82_71"]), data["qsmk"], data["wt82_71"]
+    assert 1.5 < DoPFNRegressor().fit(X, t, y).ate() < 5.5

@@ -1,0 +1,130 @@
+import dataclasses
+import os
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dopfn_jax.checkpoints import Checkpoint, CheckpointError
+from dopfn_jax.config import Config
+from dopfn_jax.training import loop
+from dopfn_jax.training.loop import MOST_SKIPPED_IN_A_ROW, TrainingError
+from dopfn_jax.training.step import Metrics, Trainer, TrainState
+
+
+def metrics(loss: float = 1.0, skipped: int = 0) -> Metrics:
+    return Metrics(
+        loss=jnp.float32(loss),
+        gradient_norm=jnp.float32(0.5),
+        learning_rate=jnp.float32(1e-3),
+        masked_tasks=jnp.int32(3),
+        skipped=jnp.int32(skipped),
+    )
+
+
+def test_a_line_holds_the_last_step_and_sums_and_means_since_the_line_before() -> None:
+    window = loop._Window()
+    window.add(1, 8, metrics(1.0))
+    window.add(2, 8, metrics(3.0, skipped=1))
+    line = window.flush()
+    assert line["tasks_per_second"] > 0
+    assert {name: line[name] for name in ("step", "loss", "mean_loss", "masked_tasks")} == {
+        "step": 2,
+        "loss": 3.0,
+        "mean_loss": 2.0,
+        "masked_tasks": 6,
+    }
+    assert line["skipped"] == 1
+    window.add(3, 8, metrics(5.0))
+    assert window.flush()["mean_loss"] == 5.0
+    assert window.masked_tasks == 9  # of the whole run, for the progress bar
+
+
+def test_a_gradient_that_never_recovers_ends_the_run_with_the_steps() -> None:
+    window = loop._Window()
+    for step in range(1, MOST_SKIPPED_IN_A_ROW):
+        window.add(step, 8, metrics(skipped=1))
+    window.add(50, 8, metrics())  # one good step is enough to go on
+    for step in range(51, 50 + MOST_SKIPPED_IN_A_ROW):
+        window.add(step, 8, metrics(np.nan, skipped=1))
+        window.flush()
+    with pytest.raises(TrainingError, match=r"steps 51 to 100: .*learning_rate"):
+        window.add(50 + MOST_SKIPPED_IN_A_ROW, 8, metrics(skipped=1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_collected_and_handlers_come_back(number: int) -> None:
+    before = signal.getsignal(number)
+    with loop._stop_signals() as stopping:
+        os.kill(os.getpid(), number)
+        assert stopping == [number]
+        assert signal.getsignal(number) == before  # the second one acts as usual
+    assert signal.getsignal(number) == before
+
+
+def test_training_outside_the_main_thread_is_possible() -> None:
+    seen: list[list[int]] = []
+
+    def run() -> None:
+        with loop._stop_signals() as stopping:
+            seen.append(stopping)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [[]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trainer: Trainer, first_state: TrainState) -> Checkpoint:
+    """Weights that no initialisation would give."""
+    params = jax.tree.map(lambda p: p + 0.25, first_state.params)
+    borders = jax.tree.map(lambda b: b * 2.0, first_state.constants)
+    return Checkpoint("there", nnx.merge(trainer.graphdef, params, borders), trainer.config, 7)
+
+
+def test_a_new_run_starts_from_given_weights(
+    trainer: Trainer, first_state: TrainState, checkpoint: Checkpoint
+) -> None:
+    state = loop._with_weights(trainer, checkpoint)
+    wanted = nnx.state(checkpoint.model)
+    shape = trainer.config.training.shapes[0]
+    have = nnx.state(trainer.model(state))
+    for a, b in zip(jax.tree.leaves(have), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.average), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert int(state.step) == 0
+
+    first = dataclasses.replace(
+        first_state,
+        average=nnx.state(checkpoint.model, nnx.Param),
+        constants=nnx.state(checkpoint.model, nnx.Not(nnx.Param)),
+    )
+    assert jax.device_get(trainer.validate(state)) == jax.device_get(trainer.validate(first))
+
+    # The state is donated; the caller's weights are not.
+    trainer.step(state, shape)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.state(checkpoint.model)))
+
+
+def test_weights_of_another_model_are_refused_by_field(
+    config: Config, checkpoint: Checkpoint
+) -> None:
+    wider = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, width=64, buckets=16)
+    )
+    with pytest.raises(CheckpointError) as error:
+        loop._require_same_model(checkpoint, wider)
+    assert "model.width: 32 -> 64; model.buckets: 32 -> 16" in str(error.value)
+
+
+def test_weights_may_be_computed_with_in_another_way(
+    config: Config, checkpoint: Checkpoint
+) -> None:
+    model = dataclasses.replace(config.model, compute_dtype="bfloat16", remat=True)
+    loop._require_same_model(checkpoint, dataclasses.replace(config, model=model))

@@ -1,0 +1,226 @@
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from dopfn_jax.config import Config, TableShape, preset_names
+from dopfn_jax.prior import Task
+from dopfn_jax.training.optimizer import make_optimizer
+from dopfn_jax.training.step import Trainer, TrainState, sample_batch, score, shape_of_step
+
+
+def copy_of(state: TrainState) -> TrainState:
+    return jax.tree.map(jnp.copy, state)
+
+
+def same_bits(a: object, b: object) -> bool:
+    def raw(leaf: jax.Array) -> np.ndarray:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+    return all(
+        raw(x).tobytes() == raw(y).tobytes()
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+# --- The shape of a step ---------------------------------------------------------------------
+
+
+SHAPES = (
+    TableShape(rows=8, context=(2, 4), tasks=4, weight=1.0),
+    TableShape(rows=9, context=(2, 4), tasks=4, weight=0.1),
+    TableShape(rows=10, context=(2, 4), tasks=4, weight=3.0),
+)
+
+
+def test_shapes_come_as_often_as_their_weights_say() -> None:
+    draws = [shape_of_step(SHAPES, 0, step) for step in range(4000)]
+    shares = [draws.count(shape) / len(draws) for shape in SHAPES]
+    expected = np.array([1.0, 0.1, 3.0]) / 4.1
+    # Four standard errors of a share.
+    assert np.all(np.abs(shares - expected) < 4 * np.sqrt(expected * (1 - expected) / 4000))
+
+
+def test_the_shape_is_a_function_of_seed_and_step_alone() -> None:
+    forwards = [shape_of_step(SHAPES, 7, step) for step in range(50)]
+    backwards = [shape_of_step(SHAPES, 7, step) for step in reversed(range(50))]
+    assert forwards == backwards[::-1]
+    assert forwards != [shape_of_step(SHAPES, 8, step) for step in range(50)]
+
+
+# --- The fused step --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_has_a_state(name: str) -> None:
+    trainer = Trainer(Config.load(name), jax.make_mesh((1, 1), ("data", "model")))
+    shapes = {leaf.shape for leaf in jax.tree.leaves(trainer.abstract_state.params)}
+    model = trainer.config.model
+    assert (model.layers, model.width, model.mlp_ratio * model.width) in shapes
+
+
+def test_steps_transfer_nothing_and_compile_once(trainer: Trainer, first_state: TrainState) -> None:
+    shape = trainer.config.training.shapes[0]
+    state, losses, norms = copy_of(first_state), [], []
+    for _ in range(6):
+        with jax.transfer_guard("disallow"):
+            state, metrics = trainer.step(state, shape)
+        losses.append(float(metrics.loss))
+        norms.append(float(metrics.gradient_norm))
+    assert int(state.step) == 6
+    assert np.isfinite(norms).all() and min(norms) > 0
+    assert len(set(losses)) == len(losses)  # each step has its own data
+    assert trainer._steps[shape]._cache_size() == 1
+
+
+def test_a_step_is_a_function_of_its_state(trainer: Trainer, first_state: TrainState) -> None:
+    shape = trainer.config.training.shapes[0]
+    ends = [trainer.step(copy_of(first_state), shape) for _ in range(2)]
+    assert same_bits(*ends)
+    other = dataclasses.replace(copy_of(first_state), step=jnp.int32(1))
+    assert float(trainer.step(other, shape)[1].loss) != float(ends[0][1].loss)
+
+
+def test_the_average_follows_the_parameters(trainer: Trainer, first_state: TrainState) -> None:
+    state, _ = trainer.step(copy_of(first_state), trainer.config.training.shapes[0])
+    state, _ = trainer.step(state, trainer.config.training.shapes[0])
+    before = first_state.params
+    first, _ = trainer.step(copy_of(first_state), trainer.config.training.shapes[0])
+
+    def expected(p0: jax.Array, p1: jax.Array, p2: jax.Array) -> jax.Array:
+        average = 0.1 * p0 + 0.9 * p1  # (1 + 0) / (10 + 0) is below the configured decay
+        return 2 / 11 * average + 9 / 11 * p2
+
+    wanted = jax.tree.map(expected, before, first.params, state.params)
+    for have, want in zip(jax.tree.leaves(state.average), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(have, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_is_skipped(
+    trainer: Trainer, first_state: TrainState, poison: float
+) -> None:
+    params = jax.tree.map(lambda p: p.at[(0,) * p.ndim].set(poison), first_state.params)
+    poisoned = dataclasses.replace(copy_of(first_state), params=params)
+    before = copy_of(poisoned)
+    after, metrics = trainer.step(poisoned, trainer.config.training.shapes[0])
+    assert int(metrics.skipped) == 1
+    assert int(after.step) == 1
+    assert same_bits(
+        (after.params, after.average, after.opt_state),
+        (before.params, before.average, before.opt_state),
+    )
+
+
+def test_validation_is_of_the_averaged_weights_on_fixed_tasks(
+    trainer: Trainer, first_state: TrainState
+) -> None:
+    values = jax.device_get(trainer.validate(first_state))
+    noise = jax.tree.map(lambda p: p + 0.3, first_state.params)
+    later = dataclasses.replace(first_state, params=noise, step=jnp.int32(9), key=jax.random.key(9))
+    assert jax.device_get(trainer.validate(later)) == values
+    other = dataclasses.replace(first_state, average=noise)
+    assert jax.device_get(trainer.validate(other)) != values
+    assert np.isfinite(list(values.values())).all()
+
+
+# --- Fixed batches ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def batch(trainer: Trainer) -> Task:
+    """Tables with 2 to 10 context rows: some have one arm only and are masked."""
+    shape = TableShape(rows=28, context=(2, 10), tasks=8)
+    task = sample_batch(jax.random.key(3), trainer.config.prior, shape, trainer.mesh)
+    assert 0 < int(task.valid.sum()) < shape.tasks
+    return task
+
+
+LossAndGradient = Callable[[nnx.State, Task], tuple[jax.Array, nnx.State]]
+
+
+@pytest.fixture(scope="module")
+def loss_and_gradient(trainer: Trainer, first_state: TrainState) -> LossAndGradient:
+    def loss(params: nnx.State, task: Task) -> jax.Array:
+        return score(nnx.merge(trainer.graphdef, params, first_state.constants), task).loss
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def test_masked_tasks_carry_no_loss(
+    batch: Task, loss_and_gradient: LossAndGradient, trainer: Trainer, first_state: TrainState
+) -> None:
+    loss, gradient = loss_and_gradient(first_state.params, batch)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+    # The numbers of masked tasks and of rows beyond the masks do not matter.
+    def garbage(values: jax.Array, mask: jax.Array) -> jax.Array:
+        mask = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
+        return jnp.where(
+            mask,
+            values,
+            1.0 + jnp.arange(values.shape[1]).reshape((1, -1) + (1,) * (values.ndim - 2)),
+        )
+
+    context = batch.context_mask & batch.valid[:, None]
+    query = batch.query_mask & batch.valid[:, None]
+    other = dataclasses.replace(
+        batch,
+        context_y=garbage(batch.context_y, context),
+        query_y=garbage(batch.query_y, query),
+        query_x=garbage(batch.query_x, query),
+    )
+    other_loss, other_gradient = loss_and_gradient(first_state.params, other)
+    assert float(loss) == pytest.approx(float(other_loss), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other_gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+    model = nnx.merge(trainer.graphdef, first_state.params, first_state.constants)
+    scored = nnx.jit(score)(model, batch)
+    counts = np.asarray(query)
+    assert float(loss) == pytest.approx(-np.asarray(scored.log_likelihood)[counts].mean(), rel=1e-5)
+
+
+def test_a_batch_of_masked_tasks_alone_has_no_loss_and_no_gradient(
+    batch: Task, loss_and_gradient: LossAndGradient, first_state: TrainState
+) -> None:
+    nothing = dataclasses.replace(batch, valid=jnp.zeros_like(batch.valid))
+    loss, gradient = loss_and_gradient(first_state.params, nothing)
+    assert float(loss) == 0.0
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_smoke_overfits_one_task(
+    name: str,
+    batch: Task,
+    loss_and_gradient: LossAndGradient,
+    trainer: Trainer,
+    first_state: TrainState,
+) -> None:
+    one = int(np.argmax(batch.valid))
+    only = dataclasses.replace(batch, valid=jnp.arange(len(batch.valid)) == one)
+    steps = 80
+    config = dataclasses.replace(trainer.config.training, optimizer=name, steps=steps)
+    optimizer = make_optimizer(config)
+
+    @jax.jit
+    def update(
+        params: nnx.State, opt_state: optax.OptState, gradient: nnx.State
+    ) -> tuple[nnx.State, optax.OptState]:
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    params, losses = first_state.params, []
+    opt_state = jax.jit(optimizer.init)(params)
+    for _ in range(steps):
+        loss, gradient = loss_and_gradient(params, only)
+        losses.append(float(loss))
+        params, opt_state = update(params, opt_state, gradient)
+    assert losses[-1] < losses[0] - 1.0
