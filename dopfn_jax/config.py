@@ -1,11 +1,10 @@
-"""Configuration: frozen dataclasses that validate themselves, read from TOML, carried by checkpoints as JSON."""
+"""Configuration: frozen dataclasses that validate themselves, kept as TOML and JSON."""
 
 import dataclasses
 import difflib
 import json
 import math
 import tomllib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from dopfn_jax.scm.noise import NOISE_FAMILIES
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the field, the value and the remedy."""
+    """A configuration that cannot be used; the message names the field, the value, the remedy."""
 
 
 def _require(condition: bool, name: str, value: object, remedy: str) -> None:
@@ -32,9 +31,27 @@ def _require_known(name: str, values: Sequence[str], known: Sequence[str]) -> No
         _require(value in known, name, value, f"choose from {', '.join(known)}")
 
 
+def _require_at_least(config: object, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= least, name, value, f"must be {least} or more")
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(0 < value < math.inf, name, value, "must be positive and finite")
+
+
+def _require_share(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(0 <= value <= 1, name, value, "is a share: between 0 and 1")
+
+
 @dataclass(frozen=True)
 class PriorConfig:
-    """The distribution over structural causal models and tables (Do-PFN, Algorithm 1 and Appendix C.1)."""
+    """The distribution over SCMs and tables (Do-PFN, Algorithm 1 and Appendix C.1)."""
 
     # Nodes of the graph, treatment and outcome included: K ~ Uniform{min_nodes, ..., max_nodes}.
     min_nodes: int = 4
@@ -53,31 +70,41 @@ class PriorConfig:
     noise_scale: float = 0.3
     # Share of tasks whose outcome does not descend from the treatment.
     zero_effect_share: float = 0.05
-    # "interventional": queries ask y under do(t), t a coin flip. "observational": t and y as observed.
+    # "interventional": queries ask y under do(t), t a coin flip. "observational": as observed.
     target: Literal["interventional", "observational"] = "interventional"
 
     def __post_init__(self) -> None:
-        _require(self.min_nodes >= 2, "prior.min_nodes", self.min_nodes, "a treatment and an outcome need 2 nodes")
+        _require(
+            self.min_nodes >= 2,
+            "min_nodes",
+            self.min_nodes,
+            "must be 2 or more, for a treatment and an outcome",
+        )
         _require(
             self.max_nodes >= self.min_nodes,
-            "prior.max_nodes",
+            "max_nodes",
             self.max_nodes,
-            f"must be at least prior.min_nodes = {self.min_nodes}",
+            f"must be at least min_nodes = {self.min_nodes}",
         )
-        _require(self.max_hidden >= 0, "prior.max_hidden", self.max_hidden, "must be 0 or more")
+        _require_at_least(self, 0, "max_hidden")
         if self.case_study:
-            _require_known("prior.case_study", [self.case_study], list(CASE_STUDIES))
-        _require_known("prior.mechanisms", self.mechanisms, list(MECHANISMS))
-        _require_known("prior.noise_families", self.noise_families, list(NOISE_FAMILIES))
+            _require_known("case_study", [self.case_study], list(CASE_STUDIES))
+        _require_known("mechanisms", self.mechanisms, list(MECHANISMS))
+        _require_known("noise_families", self.noise_families, NOISE_FAMILIES)
         low, high = self.root_scale
-        _require(0 < low <= high, "prior.root_scale", self.root_scale, "needs 0 < low <= high")
-        _require(self.noise_scale >= 0, "prior.noise_scale", self.noise_scale, "must be 0 or more")
         _require(
-            0 <= self.zero_effect_share <= 1,
-            "prior.zero_effect_share",
-            self.zero_effect_share,
-            "is a share: between 0 and 1",
+            0 < low <= high < math.inf,
+            "root_scale",
+            self.root_scale,
+            "needs 0 < low <= high, both finite",
         )
+        _require(
+            0 <= self.noise_scale < math.inf,
+            "noise_scale",
+            self.noise_scale,
+            "must be 0 or more, and finite",
+        )
+        _require_share(self, "zero_effect_share")
 
     @property
     def nodes(self) -> int:
@@ -86,7 +113,7 @@ class PriorConfig:
 
     @property
     def covariates(self) -> int:
-        """Array size of the covariate axis F: the most covariates that a task of this prior shows."""
+        """Array size of the covariate axis F: the most covariates that a task shows."""
         return len(CASE_STUDIES[self.case_study].shown) if self.case_study else self.max_nodes - 2
 
 
@@ -99,11 +126,11 @@ class ModelConfig:
     heads: int = 6
     # Hidden width of the MLP, as a multiple of `width`.
     mlp_ratio: int = 4
-    # Covariates per token: 1 = a token per cell; g = groups of g columns; 0 = all, one token per row.
+    # Covariates per token: 1 = a token per cell; g = groups of g columns; 0 = one token per row.
     features_per_token: int = 1
     # Buckets of the bar distribution.
     buckets: int = 100
-    # Share of the bucket borders spaced evenly over the central range of y instead of by its quantiles.
+    # Share of bucket borders spaced evenly over the central range of y, not by its quantiles.
     uniform_border_share: float = 0.0
     # Arithmetic of the layers; parameters and the bar distribution stay in float32.
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -111,24 +138,20 @@ class ModelConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "mlp_ratio"):
-            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be 1 or more")
+        _require_at_least(self, 1, "width", "layers", "heads", "mlp_ratio")
         _require(
-            self.width % self.heads == 0,
-            "model.heads",
-            self.heads,
-            f"must divide model.width = {self.width}",
+            self.width % self.heads == 0, "heads", self.heads, f"must divide width = {self.width}"
         )
         _require(
             self.features_per_token >= 0,
-            "model.features_per_token",
+            "features_per_token",
             self.features_per_token,
             "use 1 for a token per cell, g for groups of g columns, 0 for one token per row",
         )
-        _require(self.buckets >= 4, "model.buckets", self.buckets, "must be 4 or more")
+        _require_at_least(self, 4, "buckets")
         _require(
             0 <= self.uniform_border_share < 1,
-            "model.uniform_border_share",
+            "uniform_border_share",
             self.uniform_border_share,
             "is a share: at least 0, below 1",
         )
@@ -138,7 +161,8 @@ class ModelConfig:
 class TableShape:
     """One compiled shape of a training step: `tasks` tables of `rows` rows.
 
-    Each table draws its context size uniformly from the closed interval `context`; its other rows are queries.
+    Each table draws its context size uniformly from the closed interval `context`; its other rows
+    are queries.
     """
 
     rows: int
@@ -151,14 +175,12 @@ class TableShape:
         low, high = self.context
         _require(
             2 <= low <= high < self.rows,
-            "training.shapes.context",
+            "context",
             self.context,
             f"needs 2 <= low <= high < rows = {self.rows} (at least one query row)",
         )
-        _require(self.tasks >= 1, "training.shapes.tasks", self.tasks, "must be 1 or more")
-        _require(
-            0 < self.weight < math.inf, "training.shapes.weight", self.weight, "must be positive and finite"
-        )
+        _require_at_least(self, 1, "tasks")
+        _require_positive(self, "weight")
 
 
 @dataclass(frozen=True)
@@ -177,7 +199,7 @@ class TrainingConfig:
     weight_decay: float = 0.01
     # Gradients are scaled down to this global norm.
     clip_norm: float = 1.0
-    # Decay of the exponential moving average of the parameters that is evaluated and exported (0 = off).
+    # Decay of the moving average of the parameters that is evaluated and exported (0 = off).
     ema_decay: float = 0.999
     log_every: int = 20
     # Steps between evaluations on fixed held-out tasks of the prior (0 = only at the end).
@@ -187,22 +209,17 @@ class TrainingConfig:
     checkpoint_minutes: float = 5.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every"):
-            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "must be 1 or more")
-        for name in ("seed", "warmup_steps", "validate_every", "weight_decay", "checkpoint_minutes"):
-            _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "must be 0 or more")
-        for name in ("learning_rate", "clip_norm"):
-            value = getattr(self, name)
-            _require(0 < value < math.inf, f"training.{name}", value, "must be positive and finite")
-        _require(len(self.shapes) > 0, "training.shapes", self.shapes, "give at least one table shape")
+        _require_at_least(self, 1, "steps", "log_every")
+        _require_at_least(self, 0, "seed", "warmup_steps", "validate_every", "weight_decay")
+        _require_at_least(self, 0, "checkpoint_minutes")
+        _require_positive(self, "learning_rate", "clip_norm")
+        _require(len(self.shapes) > 0, "shapes", self.shapes, "give at least one table shape")
+        _require_share(self, "final_learning_rate_share")
         _require(
-            0 <= self.final_learning_rate_share <= 1,
-            "training.final_learning_rate_share",
-            self.final_learning_rate_share,
-            "is a share: between 0 and 1",
-        )
-        _require(
-            0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "must be at least 0 and below 1"
+            0 <= self.ema_decay < 1,
+            "ema_decay",
+            self.ema_decay,
+            "must be at least 0 and below 1",
         )
 
 
@@ -216,7 +233,11 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Builds a config from nested plain values (TOML, JSON). Raises ConfigError on an unknown or ill-typed field."""
+        """Builds a config from nested plain values, as TOML and JSON give them.
+
+        Raises:
+            ConfigError: an unknown or missing field, or a value of the wrong type or range.
+        """
         return _build(cls, values, "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -229,16 +250,21 @@ class Config:
 
     @classmethod
     def load(cls, name_or_path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Reads a preset by name or a TOML file by path and applies `section.field=value` overrides.
+        """Reads a preset by name, or a TOML file by path, and applies overrides.
 
-        A file may name another preset or file as its `base` and hold only what differs.
+        The first line of the file may name another one to start from: `base = "do_pfn"`.
+
+        Args:
+            name_or_path: one of `preset_names()`, or a path.
+            overrides: texts `section.field=value`, the value as in TOML; a bare word is a string.
 
         Raises:
-            ConfigError: no such preset or file, malformed TOML, unknown field, or a value of the wrong type or range.
+            ConfigError: no such preset or file, malformed TOML, an unknown or missing field, or a
+                value of the wrong type or range.
         """
         values = _read_toml(name_or_path)
         for override in overrides:
-            _apply_override(values, override)
+            values = _merge(values, _parse_override(override))
         return cls.from_dict(values)
 
 
@@ -250,70 +276,95 @@ def preset_names() -> list[str]:
 def _preset_folder() -> Path:
     package = Path(__file__).parent
     # Inside the wheel the presets lie in the package; in a source checkout beside it.
-    return next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
+    folders = (package / "configs", package.parent / "configs")
+    return next(folder for folder in folders if folder.is_dir())
 
 
 def _find(name_or_path: str | Path) -> Path:
     for path in (Path(name_or_path), _preset_folder() / f"{name_or_path}.toml"):
         if path.is_file():
             return path
+    presets = preset_names()
     raise ConfigError(
-        f"config {str(name_or_path)!r}: neither a file nor a preset; presets are {', '.join(preset_names())}"
+        f"config {str(name_or_path)!r}: neither a file nor a preset; "
+        f"{_close_match(str(name_or_path), presets)}presets are {', '.join(presets)}"
     )
 
 
-def _read_toml(name_or_path: str | Path) -> dict[str, Any]:
+def _read_toml(name_or_path: str | Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file on top of those of its base; `readers` name this one as their base."""
     path = _find(name_or_path)
+    if path in readers:
+        raise ConfigError(f"{path}: base = {str(name_or_path)!r} leads back to itself; remove it")
     try:
-        values = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError(f"{path}: not a TOML file ({error})") from error
     base = values.pop("base", None)
-    if base is None:
-        return values
-    merged = _read_toml(base)
+    return values if base is None else _merge(_read_toml(str(base), (*readers, path)), values)
+
+
+def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The sections of both, field by field; `values` win."""
+    merged = dict(base)
     for section, fields in values.items():
-        merged[section] = {**merged.get(section, {}), **fields}
+        old = base.get(section, {})
+        both_are_tables = isinstance(old, dict) and isinstance(fields, dict)
+        merged[section] = {**old, **fields} if both_are_tables else fields
     return merged
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _parse_override(override: str) -> dict[str, dict[str, Any]]:
     path, separator, text = override.partition("=")
-    section, dot, name = path.strip().partition(".")
-    if not (separator and dot and name):
+    section, _, name = path.strip().partition(".")
+    if not (separator and section and name):
         raise ConfigError(
-            f"override {override!r}: write section.field=value, for example training.learning_rate=1e-3"
+            f"override {override!r}: write section.field=value, "
+            "for example training.learning_rate=1e-3"
         )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
-    values.setdefault(section, {})[name] = value
+        value = text.strip()  # a bare word is a string
+    return {section: {name: value}}
+
+
+def _close_match(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 def _build(cls: type, values: Any, where: str) -> Any:
     """`values` as an instance of the dataclass `cls`; `where` is the dotted path for messages."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or 'config'} = {values!r}: expected a table of fields")
+    prefix = f"{where}." if where else ""
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
-    for name in values:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ConfigError(f"{where}{name}: unknown field; {hint}known fields: {', '.join(names)}")
-    arguments = {name: _convert(hints[name], value, where + name) for name, value in values.items()}
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name, value in values.items():
+        if name not in fields:
+            raise ConfigError(
+                f"{prefix}{name} = {value!r}: unknown field; "
+                f"{_close_match(name, list(fields))}known fields: {', '.join(fields)}"
+            )
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ConfigError(f"{where} = {dict(values)!r}: give also {name!r}")
+    arguments = {
+        name: _convert(hints[name], value, prefix + name) for name, value in values.items()
+    }
     try:
         return cls(**arguments)
-    except TypeError as error:  # a field without a default is missing
-        raise ConfigError(f"{where.rstrip('.')}: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from None
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """`value` checked against the type `hint` of the field at the dotted path `where`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where + ".")
+        return _build(typing.cast(type, hint), value, where)
     if origin is Literal:
         if value not in arguments:
             raise ConfigError(f"{where} = {value!r}: choose from {', '.join(map(repr, arguments))}")
@@ -322,12 +373,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where} = {value!r}: expected a list")
         if arguments[-1] is Ellipsis:
-            return tuple(_convert(arguments[0], item, where) for item in value)
+            arguments = arguments[:1] * len(value)
         if len(value) != len(arguments):
             raise ConfigError(f"{where} = {value!r}: expected {len(arguments)} values")
-        return tuple(_convert(h, item, where) for h, item in zip(arguments, value, strict=True))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        pairs = enumerate(zip(arguments, value, strict=True))
+        return tuple(_convert(item_hint, item, f"{where}[{i}]") for i, (item_hint, item) in pairs)
+    if hint is float and type(value) is int:
         return float(value)
-    if not isinstance(hint, types.GenericAlias) and type(value) is not hint:
-        raise ConfigError(f"{where} = {value!r}: expected {hint.__name__}, got {type(value).__name__}")
+    if type(value) is not hint:
+        raise ConfigError(
+            f"{where} = {value!r}: expected {hint.__name__}, got {type(value).__name__}"
+        )
     return value

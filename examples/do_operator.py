@@ -24,15 +24,14 @@
 # `jupytext --to notebook --execute examples/do_operator.py`.
 
 # %%
+import arviz
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from dopfn_jax.scm import (
     SCM,
-    binary,
     do,
     fit,
     half_normal,
@@ -42,8 +41,9 @@ from dopfn_jax.scm import (
     observe,
     parameter,
     sample,
-    true_cate,
 )
+
+plt.rcParams["figure.dpi"] = 72
 
 KEY = jax.random.key(2)
 TRUE = {"beta_y0": 0.0, "beta_ay": 1.5, "beta_by": 0.7, "beta_cy": 0.3, "sigma_y": 0.2}
@@ -80,27 +80,28 @@ print(model)
 def draw(scm: SCM, title: str, ax: plt.Axes) -> None:
     import networkx
 
-    graph = scm.to_networkx()
+    depth: dict[str, int] = {}
     for name in scm.names:
-        depths = [graph.nodes[parent]["depth"] + 1 for parent in scm.parents(name)]
-        graph.nodes[name]["depth"] = max(depths, default=0)
+        depth[name] = max((depth[parent] + 1 for parent in scm.parents(name)), default=0)
+    layers = [[name for name in scm.names if depth[name] == d] for d in set(depth.values())]
+    place = {n: (depth[n], len(layer) / 2 - i) for layer in layers for i, n in enumerate(layer)}
     colours = {name: "lightgrey" if name in scm.observations else "white" for name in scm.names}
     colours |= {name: "tomato" for name, child in scm.nodes.items() if child.intervened}
     networkx.draw(
-        graph,
-        networkx.multipartite_layout(graph, "depth"),
+        scm.to_networkx(),
+        place,
         ax,
         labels={name: name for name in scm.names},
-        node_color=[colours[name] for name in graph],
+        node_color=[colours[name] for name in scm.names],
         edgecolors="black",
-        node_size=1400,
-        font_size=8,
+        node_size=900,
+        font_size=7,
     )
     ax.set_title(title)
 
 
 generative = do(model, TRUE)
-fig, axes = plt.subplots(1, 2, figsize=(9, 4))
+fig, axes = plt.subplots(1, 2, figsize=(9, 5))
 draw(model, "the model", axes[0])
 draw(generative, "do(parameters)", axes[1])
 
@@ -126,8 +127,6 @@ for ax, (name, value) in zip(axes, TRUE.items(), strict=True):
     ax.set(title=name, yticks=[])
 
 # %%
-import arviz  # noqa: E402
-
 arviz.summary(posterior.to_inference_data())[
     ["mean", "sd", "hdi_3%", "hdi_97%", "ess_bulk", "r_hat"]
 ]
@@ -139,7 +138,7 @@ arviz.summary(posterior.to_inference_data())[
 # mean.
 
 # %%
-fig, axes = plt.subplots(1, 2, figsize=(9, 4))
+fig, axes = plt.subplots(1, 2, figsize=(9, 5))
 draw(observed, "observed", axes[0])
 draw(do(observed, {"b": 0.0}), "scenario 1: do(b = 0)", axes[1])
 
@@ -153,7 +152,7 @@ df["y_scenario_1"] = np.asarray(scenario_1["y_mu"]).mean(axis=(0, 1))
 # A function maps the natural value of $b$, here the observed one, to the new one.
 
 # %%
-fig, ax = plt.subplots(figsize=(4.5, 4))
+fig, ax = plt.subplots(figsize=(4.5, 5))
 draw(do(observed, {"b": lambda b: 5 * b}), "scenario 2: do(b = 5 b)", ax)
 
 scenario_2 = posterior.predictive(KEY, do={"b": lambda b: 5 * b}, outputs=("b", "y_mu"))
@@ -175,7 +174,7 @@ for ax, scenario, new_b in ((axes[0], "1", 0.0), (axes[1], "2", lambda b: 5 * b)
     ax.plot(df["b"], df[f"y_scenario_{scenario}"], "o", mfc="none", label="posterior mean")
     error = np.abs(df[f"y_scenario_{scenario}"] - truth).max()
     ax.set(title=f"scenario {scenario}, largest error {error:.2f}", xlabel="b as observed")
-axes[0].legend(fontsize=7)
+_ = axes[0].legend(fontsize=7)
 
 # %% [markdown]
 # ## For the very same units: counterfactuals
@@ -201,6 +200,8 @@ pd.DataFrame(
 # in the simulating model too, and the question becomes the effect of that treatment.
 
 # %%
+from dopfn_jax.scm import binary, true_cate
+
 in_two = SCM(
     {
         "a": normal(),
@@ -210,15 +211,15 @@ in_two = SCM(
     }
 )
 table = sample(in_two, KEY, 500)
-x = jnp.stack([table["a"], table["c"]], axis=1)
+x = np.stack([table["a"], table["c"]], axis=1)
 question = {"a": np.asarray(table["a"][:100]), "c": np.asarray(table["c"][:100])}
 truth = true_cate(in_two, question, "b", "y", jax.random.key(3))
 print(f"true CATE {float(truth.value.mean()):.3f}, the same in every row")
 
 # %% tags=["needs-weights"]
-from dopfn_jax import DoPFNRegressor  # noqa: E402
+from dopfn_jax import DoPFNRegressor
 
-estimator = DoPFNRegressor().fit(np.asarray(x), np.asarray(table["b"]), np.asarray(table["y"]))
-cate = np.asarray(estimator.cate(np.asarray(x[:100])))
+estimator = DoPFNRegressor().fit(x, np.asarray(table["b"]), np.asarray(table["y"]))
+cate = np.asarray(estimator.cate(x[:100]))
 error = np.sqrt(np.mean((cate - np.asarray(truth.value)) ** 2))
 print(f"Do-PFN: mean CATE {cate.mean():.3f}, root mean squared error {error:.3f}")

@@ -89,6 +89,8 @@ def _predict(
     changed = do(scm.replace(observations=natural), interventions)
     reached = {*interventions, *scm.descendants(interventions)}
     rows = scm.rows if scm.rows is not None else changed.rows
+    if changed.rows not in (None, rows):
+        raise SCMError(f"counterfactual: {rows} observed rows, but do has {changed.rows}.")
     values: dict[str, jax.Array] = {}
     missing: dict[str, str] = {}
 
@@ -99,17 +101,14 @@ def _predict(
             else:
                 missing[name] = f"{name!r} is not observed"
             continue
+        reason = _why_not_recoverable(scm, name, factual) if node.is_random else ""
         unknown = [parent for parent in node.inputs if parent not in values]
-        if unknown:
-            missing[name] = f"{name!r} depends on {unknown[0]!r}: {missing[unknown[0]]}"
+        if unknown and not reason:
+            reason = f"{name!r} depends on {unknown[0]!r}, and {missing[unknown[0]]}"
+        if reason:
+            missing[name] = reason
             continue
-        noise = None
-        if node.is_random:
-            reason = _why_not_recoverable(scm, name, factual)
-            if reason:
-                missing[name] = reason
-                continue
-            noise = scm.nodes[name].recover(factual, factual[name])
+        noise = scm.nodes[name].recover(factual, factual[name]) if node.is_random else None
         value = node.transform(node.natural(values, noise))
         if node.per_row and rows is not None:
             value = jnp.broadcast_to(value, (rows,))

@@ -68,7 +68,7 @@ def _describe_linear(mechanism: Linear) -> str:
         return _number(value)
 
     terms = [
-        f"{coefficient(weight)} {parent}"
+        f"{coefficient(weight)} {parent}".removeprefix("1 ")
         for weight, parent in zip(mechanism.weights, mechanism.parents, strict=False)
     ]
     bias = coefficient(mechanism.bias)

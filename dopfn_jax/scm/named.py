@@ -316,5 +316,7 @@ def _check_shape(name: str, child: Node, nodes: Mapping[str, Node]) -> None:
 
 def _did_you_mean(name: Any, known: Iterable[str]) -> str:
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return (f"; did you mean {close[0]!r}?" if close else ".") + f" Nodes: {', '.join(known)}."
+    by_lower = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
+    hint = f"; did you mean {by_lower[close[0]]!r}?" if close else "."
+    return f"{hint} Nodes: {', '.join(known)}."

@@ -45,7 +45,7 @@ def from_prior(key: jax.Array, prior: "PriorConfig | None" = None) -> SCM:
             "them, or set PriorConfig(case_study=...), whose SCMs share one structure."
         )
     scm_key, threshold_key = jax.random.split(key)
-    arrays, roles = sample_scm(scm_key, prior)
+    arrays, roles = jax.jit(sample_scm, static_argnums=1)(scm_key, prior)
     noise = sample_noise(threshold_key, arrays.noise_family, arrays.noise_scale, 1)
     threshold = propagate(arrays, noise)[roles.treatment, 0]
     is_treatment = jnp.arange(prior.nodes) == roles.treatment

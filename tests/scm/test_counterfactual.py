@@ -41,7 +41,7 @@ def test_linear_counterfactual_is_the_closed_form() -> None:
     np.testing.assert_allclose(what_if["y"], rows["y"] + 3.25 * change, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_counterfactual_of_a_sampled_scm_is_its_potential_outcome(seed: int) -> None:
     scm = SCM.from_prior(jax.random.key(seed), PriorConfig(min_nodes=6, max_nodes=6))
     rows = sample(scm, KEY, 30)
@@ -140,7 +140,7 @@ def test_unknown_parameters_must_be_set() -> None:
     [
         ({"v": np.ones(3)}, {"t": 1.0}, "unknown node 'v'"),
         ({"u": np.ones(3)}, {"T": 1.0}, "unknown node 'T'"),
-        ({"u": np.ones(3)}, {"t": np.ones(2)}, "disagree|incompatible|rows"),
+        ({"u": np.ones(3)}, {"t": np.ones(2)}, "3 observed rows, but do has 2"),
     ],
 )
 def test_nonsense_is_refused(rows, intervention, message) -> None:
@@ -148,16 +148,13 @@ def test_nonsense_is_refused(rows, intervention, message) -> None:
         counterfactual(linear_gaussian(), rows, intervention)
 
 
-def test_jit_vmap_over_scms_and_rows() -> None:
-    prior = PriorConfig(case_study="confounder_mediator")
-    keys = jax.random.split(KEY, 8)
-    scms = jax.vmap(lambda key: SCM.from_prior(key, prior))(keys)
+def test_jit_and_vmap() -> None:
+    scm = linear_gaussian()
+    rows = sample(scm, KEY, 8)
 
     @jax.jit
-    @jax.vmap
-    def gap(scm: SCM, key: jax.Array) -> jax.Array:
-        rows = sample(scm, key, 16)
-        what_if = counterfactual(scm, rows, {"t": 1.0})["y"]
-        return jnp.abs(what_if - sample(do(scm, {"t": 1.0}), key, 16)["y"]).max()
+    def what_if(scm: SCM, values: jax.Array) -> jax.Array:
+        return jax.vmap(lambda value: counterfactual(scm, rows, {"t": value})["y"])(values)
 
-    assert float(gap(scms, keys).max()) < 1e-3
+    y = what_if(scm, jnp.array([0.0, 1.0, 2.0]))
+    np.testing.assert_allclose(jnp.diff(y, axis=0), 3.25, rtol=1e-4)

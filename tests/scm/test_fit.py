@@ -97,7 +97,8 @@ def test_predictive_replicates_and_predicts_for_new_rows(posterior: Posterior) -
 def test_counterfactual_keeps_the_units_noise_in_every_draw(posterior: Posterior) -> None:
     what_if = posterior.counterfactual({"b": 0.0}, outputs="y")["y"]
     data = posterior.scm.observations
-    expected = data["y"] - posterior.draws["beta_by"][..., None] * data["b"][None, None]
+    beta = np.asarray(posterior.draws["beta_by"])[..., None]
+    expected = np.asarray(data["y"]) - beta * np.asarray(data["b"])
     np.testing.assert_allclose(what_if, expected, atol=1e-4)
 
 

@@ -162,7 +162,7 @@ PARAMETRIC = SCM(
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: do(confounded(), {"T": 1.0}), r"unknown node 'T'.*Nodes: u, t, m, y"),
+        (lambda: do(confounded(), {"T": 1.0}), r"node 'T'; did you mean 't'.*Nodes: u, t, m, y"),
         (lambda: do(confounded(), {"t": jnp.ones((2, 2))}), r"'t' has shape \(2, 2\)"),
         (lambda: do(confounded(), {"t": np.nan}), "'t' holds values that are not finite"),
         (lambda: do(confounded(), {"t": "high"}), "'t' = 'high' is not numeric"),

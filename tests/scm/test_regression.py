@@ -4,8 +4,8 @@ import networkx
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.linear_model import LogisticRegression
+from sklearn.tree import DecisionTreeRegressor
 
 from dopfn_jax.scm import (
     SCM,
@@ -59,7 +59,7 @@ def test_interventional_and_counterfactual_predictions(table: pd.DataFrame) -> N
     rows = table.iloc[:50]
     mean = interventional(fitted, rows, {"t": 1.0}, KEY, samples=200)
     np.testing.assert_allclose(mean["y"], 2.5 - rows["x"], atol=0.1)
-    np.testing.assert_array_equal(mean["x"], rows["x"])
+    np.testing.assert_allclose(mean["x"], rows["x"], rtol=1e-5)
     unit = counterfactual(fitted, rows, {"t": 1.0})["y"]
     np.testing.assert_allclose(unit, rows["y"] + 2 * (1 - rows["t"]), atol=0.1)
 
@@ -67,7 +67,7 @@ def test_interventional_and_counterfactual_predictions(table: pd.DataFrame) -> N
 def test_a_scikit_learn_regressor_is_a_mechanism_also_under_jit_and_vmap(
     table: pd.DataFrame,
 ) -> None:
-    fitted = fit_mechanisms(GRAPH, table, {"y": HistGradientBoostingRegressor(max_iter=50)})
+    fitted = fit_mechanisms(GRAPH, table, {"y": DecisionTreeRegressor(max_depth=6)})
     eager = sample(do(fitted, {"t": 1.0}), KEY, 40)["y"]
     compiled = jax.jit(lambda v: sample(do(fitted, {"t": v}), KEY, 40)["y"])
     np.testing.assert_allclose(compiled(jnp.float32(1.0)), eager, rtol=1e-5)
@@ -86,10 +86,10 @@ def test_a_classifier_makes_a_binary_node(table: pd.DataFrame) -> None:
 
 
 def test_residuals_are_out_of_fold(table: pd.DataFrame) -> None:
-    flexible = HistGradientBoostingRegressor(min_samples_leaf=1, max_iter=300)
+    flexible = DecisionTreeRegressor()
     honest = fit_mechanisms(GRAPH, table, {"y": flexible}, folds=3).nodes["y"].noise.values
     fitted = fit_mechanisms(GRAPH, table, {"y": flexible}, folds=0).nodes["y"].noise.values
-    assert fitted.std() < 0.1 < 0.18 < honest.std()
+    assert fitted.std() < 1e-4 < 0.2 < honest.std()
 
 
 @pytest.mark.parametrize(
