@@ -1,8 +1,11 @@
 """Fixtures of the training tests: the smoke preset on one device, and its compiled functions."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from dopfn_jax.config import Config
@@ -31,5 +34,17 @@ def trainer(config: Config) -> Trainer:
 
 @pytest.fixture(scope="package")
 def first_state(trainer: Trainer) -> TrainState:
-    """The state before step 0; copy it before a step, which would donate it."""
+    """The state before step 0; a step would donate it, so give it a copy from `fresh`."""
     return trainer.init()
+
+
+@pytest.fixture(scope="package")
+def fresh(trainer: Trainer, first_state: TrainState) -> Callable[..., TrainState]:
+    """Copies of the first state, with some fields replaced."""
+    copy = jax.jit(lambda s: jax.tree.map(jnp.copy, s), out_shardings=trainer.shardings)
+
+    def make(**changes: Any) -> TrainState:
+        state = dataclasses.replace(first_state, **changes)
+        return copy(jax.device_put(state, trainer.shardings))
+
+    return make

@@ -32,14 +32,14 @@ from scripts.train import main
 
 SHAPE = TableShape(rows=20, context=(6, 12), tasks=8)
 SMALL = ModelConfig(width=16, layers=2, mlp_ratio=2, heads=4, features_per_token=0, buckets=8)
+# All that the prior can draw, and what compiles quickly.
 PRIOR = PriorConfig(max_nodes=5, noise_families=NOISE_FAMILIES)
+SMALL_PRIOR = PriorConfig(case_study="observed_confounder")
 # Four heads can be split over two or four devices; two heads only over two.
 ROW_TOKENS = Config(
-    prior=PRIOR,
+    prior=SMALL_PRIOR,
     model=SMALL,
-    training=TrainingConfig(
-        steps=20, shapes=(SHAPE,), validation=SHAPE, optimizer="muon", warmup_steps=2
-    ),
+    training=TrainingConfig(steps=20, shapes=(SHAPE,), validation=SHAPE, warmup_steps=2),
 )
 CELL_TOKENS = dataclasses.replace(SMALL, heads=2, features_per_token=1)
 
@@ -74,9 +74,11 @@ def keep_gradient(make: Callable[..., optax.GradientTransformation]) -> Callable
     return lambda config: optax.chain(keep, make(config))
 
 
-def run(name: str, start: TrainState | None, steps: int) -> tuple[TrainState, dict[str, Any]]:
+def run(
+    config: Config, name: str, start: TrainState | None, steps: int
+) -> tuple[TrainState, dict[str, Any]]:
     """`steps` steps on this mesh from `start`, which it returns with what was seen."""
-    trainer = Trainer(ROW_TOKENS, mesh_of(name))
+    trainer = Trainer(config, mesh_of(name))
     if start is None:
         start = trainer.init()
     # A copy, because steps donate it and meshes may share buffers.
@@ -144,13 +146,17 @@ def indivisible() -> dict[str, Any]:
         return {"code": code, "message": err.getvalue(), "folder": folder.exists()}
 
 
-def checks(steps: int, step_meshes: list[str], cell_meshes: list[str]) -> dict[str, Any]:
+def checks(
+    optimizer: str, steps: int, step_meshes: list[str], cell_meshes: list[str]
+) -> dict[str, Any]:
     mesh_of("8")  # first, because it decides how many devices there are
     step_module.make_optimizer = keep_gradient(step_module.make_optimizer)
-    start, one = run("1", None, steps)
+    training = dataclasses.replace(ROW_TOKENS.training, optimizer=optimizer)
+    config = dataclasses.replace(ROW_TOKENS, training=training)
+    start, one = run(config, "1", None, steps)
     seen: dict[str, Any] = {"losses": {"1": one["losses"]}, "row_gradient": {}, "cell_gradient": {}}
     for name in step_meshes:
-        _, many = run(name, start, steps)
+        _, many = run(config, name, start, steps)
         seen["losses"][name] = many.pop("losses")
         seen["row_gradient"][name] = errors(many.pop("gradient"), one["gradient"])
         seen[name] = many
@@ -169,4 +175,8 @@ def checks(steps: int, step_meshes: list[str], cell_meshes: list[str]) -> dict[s
 
 
 if __name__ == "__main__":
-    print(json.dumps(checks(int(sys.argv[1]), *(meshes.split(",") for meshes in sys.argv[2:]))))
+    print(
+        json.dumps(
+            checks(sys.argv[1], int(sys.argv[2]), *(meshes.split(",") for meshes in sys.argv[3:]))
+        )
+    )

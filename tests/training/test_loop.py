@@ -2,6 +2,7 @@ import dataclasses
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -82,13 +83,13 @@ def test_training_outside_the_main_thread_is_possible() -> None:
 @pytest.fixture(scope="module")
 def checkpoint(trainer: Trainer, first_state: TrainState) -> Checkpoint:
     """Weights that no initialisation would give."""
-    params = jax.tree.map(lambda p: p + 0.25, first_state.params)
-    borders = jax.tree.map(lambda b: b * 2.0, first_state.constants)
+    params = jax.tree.map(lambda p: jnp.asarray(np.asarray(p) + 0.25), first_state.params)
+    borders = jax.tree.map(lambda b: jnp.asarray(np.asarray(b) * 2.0), first_state.constants)
     return Checkpoint("there", nnx.merge(trainer.graphdef, params, borders), trainer.config, 7)
 
 
 def test_a_new_run_starts_from_given_weights(
-    trainer: Trainer, first_state: TrainState, checkpoint: Checkpoint
+    trainer: Trainer, fresh: Callable[..., TrainState], checkpoint: Checkpoint
 ) -> None:
     state = loop._with_weights(trainer, checkpoint)
     wanted = nnx.state(checkpoint.model)
@@ -100,8 +101,7 @@ def test_a_new_run_starts_from_given_weights(
         np.testing.assert_array_equal(a, b)
     assert int(state.step) == 0
 
-    first = dataclasses.replace(
-        first_state,
+    first = fresh(
         average=nnx.state(checkpoint.model, nnx.Param),
         constants=nnx.state(checkpoint.model, nnx.Not(nnx.Param)),
     )

@@ -32,7 +32,7 @@ def run_checks(*arguments: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
-    return run_checks("5", "8,4x2,2x4", "2x4")
+    return run_checks("adamw", "5", "8,4x2,2x4", "2x4")
 
 
 def require_equal_gradients(errors: dict[str, dict[str, float]]) -> None:
@@ -86,7 +86,7 @@ def test_parameters_are_split_as_the_rules_say(seen: dict[str, Any]) -> None:
         assert value(shares, name) == 1 / 8
         moments = {k: v for k, v in seen["4x2"]["moments"].items() if name in k}
         assert set(moments.values()) == {spec}
-        assert len(moments) == 2  # Muon's momentum, and the gradient that this test keeps
+        assert len(moments) == 3  # Adam's two, and the gradient that this test keeps
     assert value(shares, norm) == 1
     # Without a model axis, everything that is split is split eight ways all the same.
     assert value(seen["8"]["shares"], up) == 1 / 8
@@ -106,8 +106,8 @@ def test_errors_name_the_remedy(seen: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_twenty_steps_and_cell_tokens_on_every_mesh() -> None:
-    seen = run_checks("20", "2,4,8,4x2,2x4", "2,8,4x2,2x4")
+def test_muon_and_cell_tokens_on_every_mesh() -> None:
+    seen = run_checks("muon", "20", "2,4,8,4x2,2x4", "2,8,4x2,2x4")
     require_equal_gradients(seen["row_gradient"])
     require_equal_gradients(seen["cell_gradient"])
     for losses in seen["losses"].values():
