@@ -279,13 +279,14 @@ def test_the_threshold_is_any_observed_value_but_the_extremes(tables):
     # A threshold at the second smallest to the second largest of R values makes 2 to R - 1 of them
     # treated, each with the same chance, but a valid task has both arms in its context.
     task = tables[1]
-    treated = (task.context_t.sum(axis=1) + task.query_t.sum(axis=1))[task.valid].astype(int)
-    context = task.context_mask.sum(axis=1)[task.valid, None]
+    context = task.context_mask.sum(axis=1)[:, None]
     number = np.arange(2, ROWS)
     one_armed = scipy.special.comb(number, context) + scipy.special.comb(ROWS - number, context)
     chance = 1 - one_armed / scipy.special.comb(ROWS, context)
-    expected = (chance / chance.sum(axis=1, keepdims=True)).sum(axis=0)
-    counts = np.bincount(treated, minlength=ROWS)
+    assert _has_share(task.valid, chance.mean())
+    expected = (chance / chance.sum(axis=1, keepdims=True))[task.valid].sum(axis=0)
+    treated = (task.context_t.sum(axis=1) + task.query_t.sum(axis=1))[task.valid]
+    counts = np.bincount(treated.astype(int), minlength=ROWS)
     assert len(counts) == ROWS and counts[:2].sum() == 0
     assert scipy.stats.chisquare(counts[2:], expected).pvalue > CHANCE
 
@@ -395,14 +396,17 @@ def test_query_rows_recomputed(noiseless):
 # --- Degenerate tasks -------------------------------------------------------------------------
 
 
-def _squares(scms, roles):
-    return jnp.full_like(scms.mechanism, MECHANISM_NAMES.index("square"))
-
-
 def test_overflowing_tasks_are_masked_and_finite():
-    task = _numpy(
-        _tables(*_draw(6, mechanism=_squares, noise_scale=lambda scms, _: 1e5 * scms.noise_scale))
-    )
+    # Squares of large noise and of a treatment that weighs as much, a bit larger in every task.
+    size = np.logspace(1, 9, 2000, dtype=np.float32)
+    enlarged = {
+        "mechanism": lambda scms, _: jnp.full_like(scms.mechanism, MECHANISM_NAMES.index("square")),
+        "noise_scale": lambda scms, _: size[:, None] * scms.noise_scale,
+        "weights": lambda scms, roles: scms.weights.at[
+            np.arange(2000), :, roles.treatment
+        ].multiply(size[:, None]),
+    }
+    task = _numpy(_tables(*_draw(6, **enlarged)))
     assert 0.1 < task.valid.mean() < 0.7
     for name, values in _floats(task).items():
         assert np.isfinite(values).all(), name
@@ -411,6 +415,29 @@ def test_overflowing_tasks_are_masked_and_finite():
         assert np.isfinite(squares).all(), name
     # Only the numbers are masked, not the shape of the table.
     assert (task.context_mask.sum(axis=1) >= CONTEXT[0]).all()
+
+
+def test_an_overflow_under_the_intervention_alone_is_masked():
+    # t = 1 where x < 0, and y = (x + w t)^2, so that y(1) of rows with x > 0 is never seen.
+    keys, scms, roles = _draw(10)
+    t, y = (jnp.full_like(roles.treatment, k) for k in (1, 2))
+    roles = dataclasses.replace(roles, treatment=t, outcome=y)
+
+    def valid_share(w: float) -> float:
+        weights = np.zeros((7, 7), np.float32)
+        weights[1, 0], weights[2, 0], weights[2, 1] = -1, 1, w
+        fields = {
+            "weights": weights,
+            "mechanism": np.where(np.arange(7) == 2, MECHANISM_NAMES.index("square"), 0),
+            "noise_scale": np.float32([5e6, 0, 0, 0, 0, 0, 0]),
+            "binary": np.arange(7) == 1,
+            "threshold": np.zeros(7, np.float32),
+        }
+        same = {name: jnp.stack([value] * len(keys)) for name, value in fields.items()}
+        return _tables(keys, dataclasses.replace(scms, **same), roles).valid.mean()
+
+    assert 3e7**2 < LARGEST_VALUE < (3e7 + 5e6) ** 2
+    assert valid_share(1e7) > 0.9 and valid_share(3e7) < 0.1
 
 
 def _at(node, values, new):

@@ -82,9 +82,10 @@ class Posterior:
             scm = self._set(draw, keep_rows=rows is None)
             if rows is not None:
                 scm = observe(_without_rows(scm), rows)
+            size = scm.rows  # do and redraw may leave no data to tell it
             data = {n: value for n, value in scm.observations.items() if n not in redraw}
             scm = intervene(scm.replace(observations=data), interventions)
-            return sample(scm, draw_key, None, outputs)
+            return sample(scm, draw_key, size, outputs)
 
         return self._over_draws(one, key)
 

@@ -49,7 +49,7 @@ def from_prior(key: jax.Array, prior: "PriorConfig | None" = None) -> SCM:
     noise = sample_noise(threshold_key, arrays.noise_family, arrays.noise_scale, 1)
     threshold = propagate(arrays, noise)[roles.treatment, 0]
     is_treatment = jnp.arange(prior.nodes) == roles.treatment
-    arrays = arrays.replace(  # type: ignore[attr-defined]
+    arrays = arrays.replace(
         binary=arrays.binary | is_treatment,
         threshold=jnp.where(is_treatment, threshold, arrays.threshold),
     )

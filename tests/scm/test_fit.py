@@ -88,6 +88,8 @@ def test_predictive_replicates_and_predicts_for_new_rows(posterior: Posterior) -
     data = np.asarray(posterior.scm.observations["y"])
     residual = np.asarray(replicate) - data
     assert 0.2 < residual.std() < 0.4
+    renewed = posterior.predictive(KEY, redraw=("a", "b", "c", "y"), outputs="y")["y"]
+    assert renewed.shape == (4, 1000, 100)
     rows = {"a": np.zeros(3), "b": np.array([0.0, 1.0, 2.0]), "c": np.zeros(3)}
     means = posterior.predictive(KEY, rows=rows, outputs="y_mu")["y_mu"].mean(axis=(0, 1))
     assert means.shape == (3,)

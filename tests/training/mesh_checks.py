@@ -43,6 +43,17 @@ ROW_TOKENS = Config(
 )
 CELL_TOKENS = dataclasses.replace(SMALL, heads=2, features_per_token=1)
 
+# An entry for every program that is compiled, or taken from the compilation cache.
+COMPILATIONS: list[str] = []
+
+
+def count_compilation(event: str, duration: float, **_: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILATIONS.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(count_compilation)
+
 
 def mesh_of(name: str) -> Mesh:
     return make_mesh(parse_mesh(name))
@@ -84,10 +95,12 @@ def run(
     # A copy, because steps donate it and meshes may share buffers.
     copy = jax.jit(lambda s: jax.tree.map(jnp.copy, s), out_shardings=trainer.shardings)
     state = copy(jax.device_put(start, trainer.shardings))
-    losses, gradient = [], {}
+    losses, gradient, compiled = [], {}, []
     for k in range(steps):
+        before = len(COMPILATIONS)
         with jax.transfer_guard("disallow"):
             state, metrics = trainer.step(state, SHAPE)
+        compiled.append(len(COMPILATIONS) - before)
         losses.append(float(metrics.loss))
         if k == 0:
             gradient = {n: np.asarray(g) for n, g in by_name(state.opt_state[0]).items()}
@@ -95,9 +108,9 @@ def run(
     return start, {
         "losses": losses,
         "gradient": gradient,
-        "programs": trainer._steps[SHAPE]._cache_size(),
-        "shardings": {n: str(s.spec) for n, s in by_name(kept.params).items()},
-        "moments": {n: str(s.spec) for n, s in by_name(kept.opt_state).items()},
+        "compiled": compiled,
+        "shardings": {n: list(s.spec) for n, s in by_name(kept.params).items()},
+        "moments": {n: list(s.spec) for n, s in by_name(kept.opt_state).items()},
         "as_declared": jax.tree.leaves(kept) == jax.tree.leaves(trainer.shardings),
         "shares": {
             n: a.addressable_shards[0].data.size / a.size for n, a in by_name(state.params).items()

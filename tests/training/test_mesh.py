@@ -63,7 +63,9 @@ def test_losses_equal_those_of_one_device(seen: dict[str, Any]) -> None:
 
 def test_a_step_compiles_once_and_keeps_its_shardings(seen: dict[str, Any]) -> None:
     for mesh in ("8", "4x2", "2x4"):
-        assert seen[mesh]["programs"] == 1
+        first, *later = seen[mesh]["compiled"]
+        assert first >= 1
+        assert not any(later)
         assert seen[mesh]["as_declared"]
 
 
@@ -77,15 +79,15 @@ def test_parameters_are_split_as_the_rules_say(seen: dict[str, Any]) -> None:
         return names[name]
 
     for name, spec in {
-        query: "PartitionSpec(None, 'data', 'model')",
-        out: "PartitionSpec(None, 'model', 'data')",
-        up: "PartitionSpec(None, 'data', 'model')",
-        down: "PartitionSpec(None, 'model', 'data')",
+        query: [None, "data", "model"],
+        out: [None, "model", "data"],
+        up: [None, "data", "model"],
+        down: [None, "model", "data"],
     }.items():
         assert value(specs, name) == spec
         assert value(shares, name) == 1 / 8
         moments = {k: v for k, v in seen["4x2"]["moments"].items() if name in k}
-        assert set(moments.values()) == {spec}
+        assert all(moment == spec for moment in moments.values())
         assert len(moments) == 3  # Adam's two, and the gradient that this test keeps
     assert value(shares, norm) == 1
     # Without a model axis, everything that is split is split eight ways all the same.
