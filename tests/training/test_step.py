@@ -66,7 +66,13 @@ def test_steps_transfer_nothing_and_compile_once(
 ) -> None:
     shape = trainer.config.training.shapes[0]
     state, losses = fresh(), []
-    for _ in range(6):
+    compilations: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compilations.append(event)
+    )
+    for k in range(6):
+        if k == 1:
+            compilations.clear()
         with jax.transfer_guard("disallow"):
             state, metrics = trainer.step(state, shape)
         losses.append(float(metrics.loss))
@@ -74,7 +80,7 @@ def test_steps_transfer_nothing_and_compile_once(
     assert int(state.step) == 6
     assert np.isfinite(losses).all()
     assert len(set(losses)) == len(losses)  # each step has its own data
-    assert trainer._steps[shape]._cache_size() == 1
+    assert not [event for event in compilations if "/compile/" in event]
 
 
 def test_a_step_is_a_function_of_its_state(
@@ -130,7 +136,6 @@ def test_validation_is_of_the_averaged_weights_on_fixed_tasks(
     assert jax.device_get(trainer.validate(later)) == values
     assert jax.device_get(trainer.validate(fresh(average=noise))) != values
     assert np.isfinite(list(values.values())).all()
-    assert trainer._validate._cache_size() == 1
 
 
 # --- Fixed batches ---------------------------------------------------------------------------
