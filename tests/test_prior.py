@@ -433,7 +433,9 @@ def test_an_overflow_under_the_intervention_alone_is_masked():
             "binary": np.arange(7) == 1,
             "threshold": np.zeros(7, np.float32),
         }
-        same = {name: jnp.stack([value] * len(keys)) for name, value in fields.items()}
+        same = {
+            name: jnp.tile(value, (len(keys), *[1] * value.ndim)) for name, value in fields.items()
+        }
         return _tables(keys, dataclasses.replace(scms, **same), roles).valid.mean()
 
     assert 3e7**2 < LARGEST_VALUE < (3e7 + 5e6) ** 2
