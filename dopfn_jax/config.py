@@ -14,6 +14,23 @@ from typing import Any, Literal, Self
 from dopfn_jax.scm.case_studies import CASE_STUDIES
 from dopfn_jax.scm.mechanisms import MECHANISMS
 from dopfn_jax.scm.noise import NOISE_FAMILIES
+from dopfn_jax.wide.assignments import ASSIGNMENTS
+from dopfn_jax.wide.columns import COLUMN_KINDS, OUTCOME_KINDS
+from dopfn_jax.wide.effects import EFFECTS, LINKS
+from dopfn_jax.wide.graphs import GRAPHS
+from dopfn_jax.wide.mechanisms import MECHANISMS as WIDE_MECHANISMS
+
+# The parts that each field of WidePriorConfig may name.
+_WIDE_PARTS: dict[str, typing.Iterable[str]] = {
+    "graphs": GRAPHS,
+    "mechanisms": WIDE_MECHANISMS,
+    "noise_families": NOISE_FAMILIES,
+    "column_kinds": COLUMN_KINDS,
+    "assignments": ASSIGNMENTS,
+    "effects": EFFECTS,
+    "links": LINKS,
+    "outcome_kinds": OUTCOME_KINDS,
+}
 
 
 class ConfigError(ValueError):
@@ -118,6 +135,103 @@ class PriorConfig:
 
 
 @dataclass(frozen=True)
+class WidePriorConfig:
+    """The distribution over tables like those of ordinary observational studies.
+
+    A name that is listed twice is drawn twice as often.
+    """
+
+    # Families of the graph of pre-treatment nodes.
+    graphs: tuple[str, ...] = ("erdos_renyi", "scale_free", "layered", "block", "factors")
+    # Expected number of a node's parents: log-uniform.
+    density: tuple[float, float] = (1.0, 8.0)
+    mechanisms: tuple[str, ...] = (
+        "linear",
+        "linear",
+        "square",
+        "relu",
+        "tanh",
+        "sine",
+        "product",
+        "mlp",
+        "tree",
+    )
+    noise_families: tuple[str, ...] = NOISE_FAMILIES
+    column_kinds: tuple[str, ...] = (
+        "continuous",
+        "continuous",
+        "continuous",
+        "binary",
+        "binary",
+        "ordinal",
+        "categorical",
+        "skewed",
+        "heavy_tailed",
+        "zero_inflated",
+    )
+    # Share of tasks with 1 to `max_hidden` nodes that are not shown.
+    hidden_share: float = 0.4
+    max_hidden: int = 6
+    # Share of tasks with 1 to `max_post_treatment` nodes after the treatment.
+    post_treatment_share: float = 0.25
+    max_post_treatment: int = 4
+    assignments: tuple[str, ...] = ("logistic", "logistic", "logistic", "threshold", "coin")
+    # How strongly the score decides a logistic assignment: log-uniform.
+    steepness: tuple[float, float] = (0.1, 8.0)
+    # The share of treated units is kept within these bounds.
+    treated_rate: tuple[float, float] = (0.02, 0.98)
+    # Share of tasks whose treatment follows the expected outcome, more or less.
+    prognostic_share: float = 0.4
+    effects: tuple[str, ...] = ("zero", "constant", "constant", "varying", "varying", "varying")
+    # Average effect in standard deviations of the baseline: log-uniform, of random sign.
+    effect_size: tuple[float, float] = (0.05, 3.0)
+    # Applied to baseline plus effect: all but "identity" make them interact.
+    links: tuple[str, ...] = (
+        "identity",
+        "identity",
+        "identity",
+        "tanh",
+        "exponential",
+        "square",
+        "relu",
+    )
+    outcome_kinds: tuple[str, ...] = (
+        "continuous",
+        "continuous",
+        "continuous",
+        "continuous",
+        "binary",
+        "skewed",
+        "count",
+    )
+    # Standard deviation of the outcome's noise, as a multiple of its signal's: log-uniform.
+    noise_ratio: tuple[float, float] = (0.02, 4.0)
+    heteroscedastic_share: float = 0.3
+    missing_share: float = 0.2
+    duplicate_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, known in _WIDE_PARTS.items():
+            _require_known(name, getattr(self, name), list(known))
+        _require_at_least(self, 1, "max_hidden", "max_post_treatment")
+        for name in ("density", "steepness", "effect_size", "noise_ratio", "treated_rate"):
+            low, high = getattr(self, name)
+            _require(
+                0 < low <= high < math.inf, name, (low, high), "needs 0 < low <= high, both finite"
+            )
+        _require(self.treated_rate[1] < 1, "treated_rate", self.treated_rate, "must be below 1")
+        _require_share(
+            self,
+            "hidden_share",
+            "post_treatment_share",
+            "prognostic_share",
+            "heteroscedastic_share",
+            "missing_share",
+            "duplicate_share",
+        )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The transformer and its bar distribution."""
 
@@ -170,6 +284,14 @@ class TableShape:
     tasks: int
     # How often this shape is drawn, relative to the others.
     weight: float = 1.0
+    # Columns of a table of the wide prior: log-uniform in this closed interval. (0, 0): the table
+    # comes from the paper's prior, which has its own numbers.
+    covariates: tuple[int, int] = (0, 0)
+
+    @property
+    def wide(self) -> bool:
+        """Whether these tables come from the wide prior."""
+        return self.covariates != (0, 0)
 
     def __post_init__(self) -> None:
         low, high = self.context
@@ -181,6 +303,13 @@ class TableShape:
         )
         _require_at_least(self, 1, "tasks")
         _require_positive(self, "weight")
+        fewest, most = self.covariates
+        _require(
+            not self.wide or 1 <= fewest <= most,
+            "covariates",
+            self.covariates,
+            "needs 1 <= fewest <= most, or (0, 0) for the paper's prior",
+        )
 
 
 @dataclass(frozen=True)
@@ -191,6 +320,8 @@ class TrainingConfig:
     seed: int = 0
     # The shape of step k is drawn from these, as a function of (seed, k) alone.
     shapes: tuple[TableShape, ...] = (TableShape(rows=2200, context=(10, 2199), tasks=8),)
+    # Parts that a batch is computed in, one after another: the same update in less memory.
+    accumulate: int = 1
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 1000
@@ -209,7 +340,7 @@ class TrainingConfig:
     checkpoint_minutes: float = 5.0
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 1, "steps", "log_every")
+        _require_at_least(self, 1, "steps", "accumulate", "log_every")
         _require_at_least(self, 0, "seed", "warmup_steps", "validate_every", "weight_decay")
         _require_at_least(self, 0, "checkpoint_minutes")
         _require_positive(self, "learning_rate", "clip_norm")
@@ -228,8 +359,20 @@ class Config:
     """Everything that defines a run and the checkpoint it writes."""
 
     prior: PriorConfig = field(default_factory=PriorConfig)
+    # The prior of the table shapes that give `covariates`.
+    wide: WidePriorConfig = field(default_factory=WidePriorConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def prior_of(self, shape: TableShape) -> PriorConfig | WidePriorConfig:
+        """The prior that tables of this shape come from."""
+        return self.wide if shape.wide else self.prior
+
+    @property
+    def covariates(self) -> int:
+        """The most covariates that a table of this run has."""
+        most = [shape.covariates[1] for shape in self.training.shapes]
+        return max(self.prior.covariates, *most)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

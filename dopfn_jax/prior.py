@@ -109,7 +109,7 @@ def sample_task(
 def sample_scm(key: jax.Array, prior: PriorConfig) -> tuple[SCM, Roles]:
     """An SCM over `prior.nodes` array slots and the roles of its nodes; no node is binary yet."""
     k = prior.nodes
-    draws = _uniform_draws(
+    draws = uniform_draws(
         key,
         nodes=(),
         hidden=(),
@@ -150,7 +150,7 @@ def sample_table(
     low, high = context
     noise_key, draw_key = jax.random.split(key)
     noise = sample_noise(noise_key, scm.noise_family, scm.noise_scale, rows, prior.noise_families)
-    draws = _uniform_draws(draw_key, threshold=(rows,), query_t=(rows - low,), context_rows=())
+    draws = uniform_draws(draw_key, threshold=(rows,), query_t=(rows - low,), context_rows=())
 
     raw_t = propagate(scm, noise)[roles.treatment]
     threshold, separates = _pick_threshold(draws["threshold"], raw_t)
@@ -195,10 +195,10 @@ def sample_table(
         y0=outcomes[1] if potential_outcomes else None,
         y1=outcomes[2] if potential_outcomes else None,
     )
-    return _mask_degenerate(task)
+    return mask_degenerate(task)
 
 
-def _uniform_draws(key: jax.Array, **shapes: tuple[int, ...]) -> dict[str, jax.Array]:
+def uniform_draws(key: jax.Array, **shapes: tuple[int, ...]) -> dict[str, jax.Array]:
     """Independent draws from [0, 1) by name and shape.
 
     They are cut from one long draw, because every draw of its own costs as much to compile.
@@ -315,7 +315,7 @@ def _pick_threshold(draws: jax.Array, values: jax.Array) -> tuple[jax.Array, jax
     return values[_choose(draws, inner)], inner.any()
 
 
-def _mask_degenerate(task: Task) -> Task:
+def mask_degenerate(task: Task) -> Task:
     """Marks tasks without two arms or a varying outcome as invalid too; zeroes what is masked."""
     mask = task.context_mask
     treated = (mask & (task.context_t > 0.5)).any()

@@ -21,9 +21,10 @@ _SIMULATE_FLAG = "--xla_force_host_platform_device_count"
 class ShardingRules:
     """Which mesh axis splits each logical axis; None replicates.
 
-    Tasks are data-parallel. Parameters are split over "data" along the residual width (FSDP:
-    gathered layer by layer) and over "model" along heads and the MLP's hidden width (tensor
-    parallelism: activations stay split between the two products, one all-reduce after each).
+    Tasks are data-parallel. Parameters and moments are split over "data" along the residual width
+    (FSDP: a step gathers the parameters, which are small beside its activations) and over "model"
+    along heads and the MLP's hidden width (tensor parallelism: activations stay split between the
+    two products, one all-reduce after each).
     """
 
     task: str | None = "data"
@@ -67,12 +68,14 @@ def make_mesh(shape: tuple[int, int] | None = None) -> Mesh:
     """A mesh with axes ("data", "model") over the first devices; by default all, data-parallel.
 
     On a host with no accelerator the devices are simulated on its CPU, with a message that says so.
-    This must then be the first use of JAX in the process.
+    This must then be the first use of JAX in the process. Several processes share one mesh of all
+    their devices; on CPUs, JAX_NUM_CPU_DEVICES says how many each of them has.
 
     Raises:
-        MeshError: fewer devices than the mesh needs.
+        MeshError: fewer devices than the mesh needs, or processes that it would leave out.
     """
-    if shape is not None and _SIMULATE_FLAG not in os.environ.get("XLA_FLAGS", ""):
+    alone = not jax.distributed.is_initialized()
+    if alone and shape is not None and _SIMULATE_FLAG not in os.environ.get("XLA_FLAGS", ""):
         # Only concerns the CPU platform, and raises once JAX has been used.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", math.prod(shape))
@@ -89,7 +92,12 @@ def make_mesh(shape: tuple[int, int] | None = None) -> Mesh:
             f"a mesh of {shape[0]}x{shape[1]} needs {count} devices, found {len(devices)} "
             f"({platform}): {remedy}"
         )
-    if platform == "cpu" and count > 1:
+    if not alone and count < len(devices):
+        raise MeshError(
+            f"a mesh of {shape[0]}x{shape[1]} leaves out some of the {len(devices)} devices of "
+            f"{jax.process_count()} processes: use all of them, or start fewer processes"
+        )
+    if alone and platform == "cpu" and count > 1:
         print(f"No accelerator: simulating {count} devices on this host's CPU.", file=sys.stderr)
     return jax.make_mesh(
         shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[:count]

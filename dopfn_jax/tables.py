@@ -16,6 +16,7 @@ import decimal
 import math
 import numbers
 import re
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -102,6 +103,21 @@ class Column:
     categories: tuple[str, ...] | None
     scale: Scale
 
+    def decode(self, cells: NDArray[np.float32]) -> NDArray[np.object_]:
+        """Standardised cells -> categories or numbers to six digits; None where missing."""
+        distinct, index = np.unique(cells, return_inverse=True)
+
+        def value(cell: float) -> str | float | None:
+            if math.isnan(cell):
+                return None
+            if self.categories is None:
+                return float(f"{cell:.6g}")
+            return self.categories[round(cell)]
+
+        values = np.empty(len(distinct), object)
+        values[:] = [value(cell) for cell in self.scale.restore(distinct)]
+        return values[index]
+
 
 @dataclass(frozen=True)
 class Schema:
@@ -111,11 +127,13 @@ class Schema:
         columns: the F covariates, in the order in which the model sees them.
         named: the columns came with names, by which those of later data frames are matched.
         outcome: units of y.
+        binary_outcome: y holds 0 and 1 only.
     """
 
     columns: tuple[Column, ...]
     named: bool
     outcome: Scale
+    binary_outcome: bool
 
     @classmethod
     def fit(cls, X: Data | None, t: Data, y: Data) -> tuple[Self, Table]:
@@ -136,7 +154,7 @@ class Schema:
         Raises:
             TableError: a shape, column or value that cannot be used.
         """
-        treatment, outcome = read_treatment(t), _read_outcome(y)
+        treatment, outcome = read_treatment(t), read_outcome(y)
         frame, named = _read_frame(X, len(treatment))
         rows = {"X": len(frame), "t": len(treatment), "y": len(outcome)}
         if len(set(rows.values())) > 1:
@@ -162,7 +180,8 @@ class Schema:
             cells.append(column.scale.standardise(values))
         scale = Scale.fit(outcome)
         table = Table(_stack(cells, len(frame)), treatment, scale.standardise(outcome))
-        return cls(tuple(columns), named, scale), table
+        binary = bool(np.isin(outcome, (0, 1)).all())
+        return cls(tuple(columns), named, scale, binary), table
 
     def read_covariates(self, X: Data | None, rows: int = 0) -> NDArray[np.float32]:
         """Covariates of query rows in the terms of the fitted table.
@@ -197,7 +216,7 @@ class Schema:
             warnings.warn(
                 f"the columns of X have {now}, but those that were fitted {before}: they are "
                 "matched by position.",
-                stacklevel=4,
+                stacklevel=_level_outside(),
             )
         cells = [
             _read_known_cells(frame[column.name] if by_name else frame.iloc[:, position], column)
@@ -220,7 +239,8 @@ class Schema:
             )
             for column in values["columns"]
         )
-        return cls(columns, values["named"], Scale(**values["outcome"]))
+        outcome = Scale(**values["outcome"])
+        return cls(columns, values["named"], outcome, values["binary_outcome"])
 
 
 def read_treatment(t: Data) -> NDArray[np.float32]:
@@ -244,7 +264,12 @@ def read_treatment(t: Data) -> NDArray[np.float32]:
     return values.astype(np.float32)
 
 
-def _read_outcome(y: Data) -> NDArray[np.float64]:
+def read_outcome(y: Data) -> NDArray[np.float64]:
+    """Outcomes as (N,) float64.
+
+    Raises:
+        TableError: not one-dimensional, missing values, or no finite numbers.
+    """
     label = _label("outcome y", y)
     values, categories = _read_vector(y, label)
     if categories is not None:
@@ -312,6 +337,14 @@ def _read_array(values: Data, label: str) -> np.ndarray:
         raise TableError(f"{label} cannot be read as an array: {error}") from error
     # JAX's short floats, such as bfloat16, are no NumPy numbers.
     return array.astype(np.float32) if array.dtype.kind == "V" and not array.dtype.names else array
+
+
+def _level_outside() -> int:
+    """The stack level of the caller outside of this package, whom a warning is for."""
+    level = 1
+    while sys._getframe(level).f_globals.get("__name__", "").startswith("dopfn_jax"):
+        level += 1
+    return level
 
 
 def _check_names(known: Sequence[str | int], given: Sequence[str]) -> None:

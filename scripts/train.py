@@ -4,17 +4,24 @@ Examples:
     python scripts/train.py --config smoke --workdir runs/smoke
     python scripts/train.py --config do_pfn --mesh 8 --workdir runs/do_pfn
     python scripts/train.py --config cpu --workdir runs/cpu training.learning_rate=1e-3
+    srun python scripts/train.py --distributed --config do_pfn --workdir runs/do_pfn
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dopfn_jax.config import Config, ConfigError, preset_names
+
+if TYPE_CHECKING:
+    from dopfn_jax.checkpoints import Checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,8 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overrides += [f"training.seed={options.seed}"] if options.seed is not None else []
     try:
         config = Config.load(options.config, overrides)
-        if options.stop_after is not None and options.stop_after < 1:
-            raise ConfigError(f"--stop-after {options.stop_after}: must be 1 or more")
+        for name in ("stop_after", "evaluate_every", "peak"):
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+        if (options.evaluate_every is None) != (options.data is None):
+            raise ConfigError("--evaluate-every and --data: give both or neither")
         return _train(config, options)
     except (ValueError, RuntimeError, OSError) as error:
         # Our own errors say what to do, which a traceback would hide; others need theirs.
@@ -51,22 +62,47 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, help="length of the schedule (training.steps)")
     add("--stop-after", type=int, help="stop at this step without changing the schedule")
     add("--seed", type=int, help="training.seed")
+    add("--distributed", action="store_true", help="one of several processes; see docs/training.md")
+    add("--evaluate-every", type=int, metavar="N", help="score the case studies every N steps")
+    add("--data", type=Path, metavar="DIR", help="folder with case_studies_dev/, to score them")
+    add("--peak", type=float, metavar="FLOPS", help="FLOP/s of all devices; default: measured")
+    add("--profile", action="store_true", help="write a jax.profiler trace of a few steps")
     add("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
     return parser.parse_intermixed_args(arguments)
 
 
 def _train(config: Config, options: argparse.Namespace) -> int:
     # After parsing, so that --help and typing errors do not wait for JAX.
+    import jax
+
     from dopfn_jax.checkpoints import from_pretrained
     from dopfn_jax.sharding import make_mesh, parse_mesh
+    from dopfn_jax.training.flops import measured_peak
     from dopfn_jax.training.host import keep_compiled_programs, keep_freed_memory
-    from dopfn_jax.training.loop import train
+    from dopfn_jax.training.loop import Observers, train
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file that it touches
+    # Orbax reports every file that it touches; its errors also reach us as exceptions.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     keep_freed_memory()
     keep_compiled_programs()
+    if options.distributed:
+        try:
+            # Finds the others through Slurm, Open MPI, Kubernetes or the TPU's own metadata.
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"--distributed: cannot join the other processes ({error}); leave it out for one "
+                "process, or start them as docs/training.md says"
+            ) from error
     mesh = make_mesh(parse_mesh(options.mesh) if options.mesh else None)
     init_from = from_pretrained(options.init_from) if options.init_from else None
+    observers = Observers(peak=options.peak or measured_peak(config, mesh), profile=options.profile)
+    if options.data:
+        observers = dataclasses.replace(
+            observers,
+            evaluate=_case_studies(options.data / "case_studies_dev", config.covariates),
+            evaluate_every=options.evaluate_every,
+        )
     state = train(
         config,
         options.workdir,
@@ -74,12 +110,48 @@ def _train(config: Config, options: argparse.Namespace) -> int:
         resume=options.resume,
         init_from=init_from,
         stop_after=options.stop_after,
+        observers=observers,
     )
     step = int(state.step)
-    print(f"{options.workdir}: {step} of {config.training.steps} steps done")
-    if step < config.training.steps:
-        print(f"go on with: {_resume_command(options)}")
+    if jax.process_index() == 0:
+        print(f"{options.workdir}: {step} of {config.training.steps} steps done")
+        if step < config.training.steps:
+            print(f"go on with: {_resume_command(options)}")
     return 0
+
+
+def _case_studies(folder: Path, covariates: int) -> "Callable[[Checkpoint], dict[str, float]]":
+    """Scores weights on the released case studies: median normalised MSE by task and case.
+
+    Leaves out datasets with more covariates than the weights will know.
+    """
+    import pandas as pd
+
+    from dopfn_jax import DoPFNRegressor
+    from dopfn_jax.evaluation.datasets import load_datasets
+    from dopfn_jax.evaluation.metrics import Answer, score
+
+    studies = [
+        data
+        for data in load_datasets(folder)
+        if data.x.shape[1] <= covariates and not data.is_degenerate
+    ]
+    if not studies:
+        raise ConfigError(
+            f"{folder}: no dataset has at most {covariates} covariates, which is all that this "
+            "prior draws; leave out --evaluate-every and --data"
+        )
+
+    def evaluate(checkpoint: "Checkpoint") -> dict[str, float]:
+        rows = []
+        for data in studies:
+            model = DoPFNRegressor(checkpoint=checkpoint).fit(data.x, data.t, data.y)
+            cid = model.predict(data.query_x, data.query_t)
+            scores = score(data, Answer(cid=cid, cate=model.cate(data.query_x)))
+            rows.append({f"{task}/{data.case}": scores[task] for task in ("cid", "cate")})
+        return {str(name): float(value) for name, value in pd.DataFrame(rows).median().items()}
+
+    return evaluate
 
 
 def _resume_command(options: argparse.Namespace) -> str:
@@ -87,9 +159,11 @@ def _resume_command(options: argparse.Namespace) -> str:
     python = shutil.which("python")
     same = python is not None and os.path.dirname(python) == os.path.dirname(sys.executable)
     words = ["python" if same else sys.executable, os.path.relpath(__file__)]
-    for name in ("config", "workdir", "mesh", "init_from", "steps", "seed"):
+    names = ("config", "workdir", "mesh", "init_from", "steps", "seed")
+    for name in (*names, "evaluate_every", "data", "peak"):
         value = getattr(options, name)
         words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--distributed"] if options.distributed else []
     return shlex.join([*words, "--resume", *options.overrides])
 
 

@@ -1,6 +1,8 @@
 import json
 import os
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -208,3 +210,49 @@ def test_shipped_weights_load_by_name(name: str, tmp_path: Path) -> None:
     assert loaded.steps > 0
     copied = shutil.copytree(Path(checkpoints.__file__).parent / name, tmp_path / name)
     require_same_weights(from_pretrained(copied).model, loaded.model)
+
+
+class TestHub:
+    """Against a stand-in for the hub's own package, which tests must not reach."""
+
+    @pytest.fixture
+    def downloads(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+        asked: list[dict] = []
+
+        def snapshot_download(repository: str, **options: object) -> str:
+            asked.append({"repository": repository, **options})
+            if repository == "nobody/nothing":
+                raise OSError("404 Client Error")
+            return str(folder)
+
+        hub = types.ModuleType("huggingface_hub")
+        hub.snapshot_download = snapshot_download  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+        return asked
+
+    def test_a_repository_is_a_checkpoint(self, downloads: list[dict], model: DoPFN) -> None:
+        loaded = from_pretrained("hf:someone/weights@v2")
+        require_same_weights(loaded.model, model)
+        assert loaded.name == "hf:someone/weights@v2"
+        assert downloads == [
+            {
+                "repository": "someone/weights",
+                "revision": "v2",
+                "allow_patterns": [WEIGHTS_FILE, CONFIG_FILE],
+            }
+        ]
+
+    def test_other_names_ask_nobody(self, downloads: list[dict], folder: Path) -> None:
+        from_pretrained(folder)
+        with pytest.raises(CheckpointError, match="neither shipped"):
+            from_pretrained("someone/weights")
+        assert downloads == []
+
+    def test_an_unknown_repository(self, downloads: list[dict]) -> None:
+        with pytest.raises(CheckpointError, match="cannot be had from the hub"):
+            from_pretrained("hf:nobody/nothing")
+
+    def test_without_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+        with pytest.raises(CheckpointError, match=r"needs pip install 'dopfn-jax\[hub\]'"):
+            from_pretrained("hf:someone/weights")

@@ -22,6 +22,8 @@ DEFAULT_CHECKPOINT = "do_pfn_cpu"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 # Where a training run keeps its latest weights inside its work directory.
 RUN_WEIGHTS = "weights"
+# Of names that stand for a repository of the Hugging Face hub.
+HUB_PREFIX = "hf:"
 _FORMAT_VERSION = 1
 
 
@@ -45,10 +47,14 @@ class Checkpoint:
     config: Config
     steps: int
 
+    def __repr__(self) -> str:
+        """Without the weights: estimators show this as one of their settings."""
+        return f"Checkpoint({self.name!r}, steps={self.steps})"
+
     @property
     def covariates(self) -> int:
         """The most covariates that the model has been trained on."""
-        return self.config.prior.covariates
+        return self.config.covariates
 
 
 def checkpoint_names() -> list[str]:
@@ -59,13 +65,16 @@ def checkpoint_names() -> list[str]:
 def from_pretrained(name_or_path: str | Path = DEFAULT_CHECKPOINT) -> Checkpoint:
     """Loads weights by a shipped name, from a folder, or from a training run's work directory.
 
-    Never touches the network.
+    Only a name that starts with "hf:" touches the network: "hf:owner/name", or
+    "hf:owner/name@revision", is a repository of the Hugging Face hub with the two files of a
+    checkpoint folder (extra "hub").
 
     Raises:
         CheckpointError: nothing there, damaged files, or weights that do not fit the config, with
             every offender.
     """
-    folder = _find(name_or_path)
+    name = str(name_or_path)
+    folder = _download(name) if name.startswith(HUB_PREFIX) else _find(name_or_path)
     try:
         description = json.loads((folder / CONFIG_FILE).read_text())
         if description["format"] != _FORMAT_VERSION:
@@ -137,6 +146,21 @@ def _write(folder: Path, weights: dict[str, np.ndarray], description: dict[str, 
         except OSError:
             os.replace(old, folder)
             raise
+
+
+def _download(name: str) -> Path:
+    """The local copy of a hub repository."""
+    repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise CheckpointError(f"{name}: needs pip install 'dopfn-jax[hub]'") from error
+    try:
+        files = [WEIGHTS_FILE, CONFIG_FILE]
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=files)
+    except Exception as error:  # the hub's, of HTTP, and of the names it refuses
+        raise CheckpointError(f"{name}: cannot be had from the hub ({error})") from error
+    return Path(folder)
 
 
 def _find(name_or_path: str | Path) -> Path:

@@ -1,1 +1,1 @@
-"""Evaluation: data with known truths, the paper's protocol and its metric."""
+"""Evaluation: data with known truths, the methods to compare, their scores, tables and figures."""

@@ -4,12 +4,20 @@ Axes: B tasks, A an axis along which tokens do not mix, N tokens that are read, 
 D width, H heads.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 # Keys and values of the tokens that are read, each (B, A, N, H, D / H).
 KeysValues = tuple[jax.Array, jax.Array]
+
+# Added to the scores of tokens that do not exist. Fused kernels compute scores twice, and would
+# take the exponential of what the larger number leaves of their difference.
+_NEVER, _NEVER_FUSED = -1e30, -1e5
+# Widths of a head that cuDNN takes: multiples of 8, up to 128 before Hopper.
+_CUDNN_STEP, _CUDNN_WIDEST = 8, 128
 
 
 class Attention(nnx.Module):
@@ -49,16 +57,84 @@ class Attention(nnx.Module):
         Returns:
             (B, A, M, D).
         """
-        keys, values = keys_values
-        # Scaling the queries instead of the scores saves a pass over the largest array.
-        queries = self._split_heads(self.query(tokens)) * (keys.shape[-1] ** -0.5)
-        scores = jnp.einsum("bamhd,banhd->bahmn", queries, keys).astype(jnp.float32)
-        # Adding the mask instead of selecting by it saves another, in the backward pass.
-        bias = jnp.where(mask, 0.0, -1e30)[:, None, None, None, :]
-        weights = jax.nn.softmax(scores + bias, axis=-1).astype(values.dtype)
-        mixed = jnp.einsum("bahmn,banhd->bamhd", weights, values)
-        return self.out(mixed.reshape(tokens.shape))
+        queries = self._split_heads(self.query(tokens))
+        attend = attend_fused if uses_cudnn(queries, _platform()) else attend_by_scores
+        return self.out(attend(queries, *keys_values, mask).reshape(tokens.shape))
 
     def _split_heads(self, tokens: jax.Array) -> jax.Array:
         *leading, width = tokens.shape
         return tokens.reshape(*leading, self.heads, width // self.heads)
+
+
+def uses_cudnn(queries: jax.Array, platform: str) -> bool:
+    """Whether cuDNN's fused attention can compute this: on CUDA, in 16 bits, at this head width.
+
+    One step of the width is needed for the mask.
+    """
+    width = queries.shape[-1]
+    fits = width % _CUDNN_STEP == 0 and width + _CUDNN_STEP <= _CUDNN_WIDEST
+    return platform == "cuda" and queries.dtype in (jnp.bfloat16, jnp.float16) and fits
+
+
+def _platform() -> str:
+    """JAX calls CUDA and ROCm alike "gpu"; only the first has cuDNN."""
+    platform = jax.default_backend()
+    on_cuda = platform == "gpu" and "cuda" in jax.devices()[0].client.platform_version
+    return "cuda" if on_cuda else platform
+
+
+def attend_by_scores(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Attention with the scores in memory: any platform, any dtype.
+
+    Args:
+        queries: (B, A, M, H, D / H).
+        keys: (B, A, N, H, D / H).
+        values: the same shape.
+        mask: (B, N) bool, tokens that exist.
+
+    Returns:
+        (B, A, M, H, D / H).
+    """
+    # Scaling the queries instead of the scores saves a pass over the largest array.
+    queries = queries * (keys.shape[-1] ** -0.5)
+    scores = jnp.einsum("bamhd,banhd->bahmn", queries, keys).astype(jnp.float32)
+    # Adding the mask instead of selecting by it saves another, in the backward pass.
+    bias = jnp.where(mask, 0.0, _NEVER)[:, None, None, None, :]
+    weights = jax.nn.softmax(scores + bias, axis=-1).astype(values.dtype)
+    return jnp.einsum("bahmn,banhd->bamhd", weights, values)
+
+
+def attend_fused(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> jax.Array:
+    """The same by `jax.nn.dot_product_attention`, which on a GPU keeps the scores on the chip.
+
+    cuDNN takes a mask as a bias of the scores' full size, at even lengths only. So the mask becomes
+    one more coordinate of queries (1) and keys (0, or a very negative number), in one more step of
+    the head's width.
+    """
+    tasks, across, _, heads, width = queries.shape
+    scale = width**-0.5
+
+    def fold(array: jax.Array, extra: jax.Array | float) -> jax.Array:
+        shape = (*array.shape[:-1], _CUDNN_STEP)
+        first = jnp.arange(_CUDNN_STEP) == 0
+        column = jnp.where(first, jnp.broadcast_to(extra, shape), 0.0).astype(array.dtype)
+        wider = jnp.concatenate([array, column], axis=-1)
+        return wider.reshape(tasks * across, -1, heads, width + _CUDNN_STEP)
+
+    never = jnp.where(mask, 0.0, _NEVER_FUSED)[:, None, :, None, None]
+    mixed = jax.nn.dot_product_attention(
+        fold(queries, 1.0),
+        fold(keys, never),
+        fold(values, 0.0),
+        scale=scale,
+        implementation=implementation,
+    )
+    return mixed[..., :width].reshape(queries.shape)

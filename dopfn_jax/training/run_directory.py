@@ -3,17 +3,23 @@
 import fcntl
 import json
 import math
+import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import orbax.checkpoint as ocp
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from dopfn_jax.checkpoints import RUN_WEIGHTS, CheckpointError
 from dopfn_jax.config import Config, ConfigError
+from dopfn_jax.training.processes import succeeds_on_first
 
 
 class RunDirectoryError(ValueError):
@@ -21,41 +27,36 @@ class RunDirectoryError(ValueError):
 
 
 class RunDirectory:
-    """The folder of one run, used by one process at a time.
+    """The folder of one run, used by one run at a time.
 
     It holds `config.json`, `metrics.jsonl`, TensorBoard `events/`, `checkpoints/` (the whole
-    state) and `weights/` (the averaged weights).
+    state) and `weights/` (the averaged weights). The processes of a run share it: all of them
+    write checkpoints, the first one writes everything else.
 
     Raises:
-        RunDirectoryError: another process uses the folder, it holds a run and `resume` is False, or
-            its run has another configuration.
+        RunDirectoryError: the folder cannot be written, another run uses it, it holds a run and
+            `resume` is False, or its run has another configuration.
     """
 
     def __init__(self, folder: str | Path, config: Config, resume: bool):
         self.folder = Path(folder).absolute()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise RunDirectoryError(f"--workdir {folder}: a file is in the way") from error
-        # Held by the kernel: a killed run leaves no lock behind.
-        self._lock = (self.folder / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._claim(config, resume)
-        except BlockingIOError as error:
-            self._lock.close()
+        self._lock: IO[str] | None = None
+        if not succeeds_on_first(lambda: self._open(config, resume)):
+            raise RunDirectoryError(f"{self.folder}: the first process cannot use it; see there")
+        if not (self.folder / "config.json").exists():
             raise RunDirectoryError(
-                f"{self.folder}: another run is using it; wait for it or choose another --workdir"
-            ) from error
-        except BaseException:
-            self._lock.close()
-            raise
-        for leftover in self.folder.glob(f".{RUN_WEIGHTS}-*"):  # of a run killed while saving
-            shutil.rmtree(leftover)
+                f"{self.folder}: this process does not see what the first one wrote; choose a "
+                "--workdir on a file system that all of them share"
+            )
         self._checkpoints = ocp.CheckpointManager(
             self.folder / "checkpoints",
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=2, create=True, cleanup_tmp_directories=True
+                max_to_keep=2,
+                create=True,
+                cleanup_tmp_directories=True,
+                # Donated buffers have to wait for the save in any case; and after a save that
+                # failed, Orbax's background threads would hold up the end of the process.
+                enable_async_checkpointing=False,
             ),
         )
 
@@ -88,10 +89,6 @@ class RunDirectory:
         """
         try:
             self._checkpoints.save(step, args=ocp.args.StandardSave(_flatten(state)[0]), force=True)
-            # Waiting keeps donated buffers alive until they are copied; on a CPU device they are
-            # not copied before.
-            self._checkpoints.wait_until_finished()
-            self._checkpoints.check_for_errors()
         except Exception as error:  # orbax raises many kinds
             raise CheckpointError(
                 f"{self.folder / 'checkpoints' / str(step)} cannot be written ({error}): make room "
@@ -105,7 +102,40 @@ class RunDirectory:
     def close(self) -> None:
         """Releases the folder."""
         self._checkpoints.close()
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
+
+    def _open(self, config: Config, resume: bool) -> None:
+        """Takes the lock and the folder, and clears what a killed run left."""
+        try:
+            with self._naming_errors():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                # Held by the kernel: a killed run leaves no lock behind.
+                self._lock = (self.folder / ".lock").open("w")
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._claim(config, resume)
+                for leftover in self.folder.glob(f".{RUN_WEIGHTS}-*"):  # killed while saving
+                    shutil.rmtree(leftover)
+        except BaseException:
+            if self._lock:
+                self._lock.close()
+            raise
+
+    @contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockingIOError as error:
+            raise RunDirectoryError(
+                f"{self.folder}: another run is using it; wait for it or choose another --workdir"
+            ) from error
+        except (FileExistsError, NotADirectoryError) as error:
+            raise RunDirectoryError(f"--workdir {self.folder}: a file is in the way") from error
+        except OSError as error:
+            raise RunDirectoryError(
+                f"--workdir {self.folder} cannot be written ({error}): make room, give access or "
+                "choose another"
+            ) from error
 
     def _claim(self, config: Config, resume: bool) -> None:
         """Writes the run's configuration, or compares it with the one that is there."""
@@ -140,34 +170,63 @@ class RunDirectory:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`, one object a line, and to TensorBoard event files."""
+    """Appends to `metrics.jsonl`, one object a line, and to TensorBoard event files.
+
+    Raises:
+        RunDirectoryError: they cannot be written.
+    """
 
     def __init__(self, folder: Path, last_step: int):
-        path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        # A killed run may leave half a line at the end.
-        complete = [line for line in lines if line.endswith("\n")]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(
-            "".join(line for line in complete if json.loads(line)["step"] <= last_step)
-        )
-        temporary.replace(path)
-        self._file = path.open("a")
-        self._events = SummaryWriter(str(folder / "events"), purge_step=last_step + 1)
+        self._folder = folder
+        with self._naming_errors():
+            self._file = _without_later_lines(folder / "metrics.jsonl", last_step).open("a")
+            # Not tensorboardX's SummaryWriter: its thread dies on a full disk, and then it hangs.
+            (folder / "events").mkdir(exist_ok=True)
+            self._events = EventsWriter(str(folder / "events" / "events"), f".{os.getpid()}")
+            start = SessionLog(status=SessionLog.SessionStatus.START)
+            self._write_event(last_step + 1, session_log=start)  # hides later events
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Logs one step; `metrics` holds its number under "step". JSON has no NaN: null stands."""
         finite = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
-        for name, value in finite.items():
-            if name != "step" and value is not None:
-                self._events.add_scalar(name, value, int(metrics["step"]))
+        with self._naming_errors():
+            self._file.write(json.dumps(finite) + "\n")
+            self._file.flush()
+            for name, value in finite.items():
+                if name != "step" and value is not None:
+                    self._write_event(int(metrics["step"]), summary=scalar(name, value))
+            self._events.flush()
 
     def close(self) -> None:
-        """Flushes both files."""
-        self._file.close()
-        self._events.close()
+        """Closes both files."""
+        with self._naming_errors():
+            self._file.close()
+            self._events.close()
+
+    def _write_event(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
+
+    @contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{self._folder}: metrics cannot be written ({error}): make room or give access, "
+                "then go on from the last checkpoint with --resume"
+            ) from error
+
+
+def _without_later_lines(path: Path, last_step: int) -> Path:
+    """Drops lines later than `last_step`, and half a line that a killed run may leave."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    complete = [line for line in lines if line.endswith("\n")]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(
+        "".join(line for line in complete if json.loads(line)["step"] <= last_step)
+    )
+    temporary.replace(path)
+    return path
 
 
 def _flatten(state: Any) -> tuple[dict[str, Any], Any]:

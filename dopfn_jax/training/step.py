@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -10,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dopfn_jax.config import Config, PriorConfig, TableShape
+from dopfn_jax.config import Config, PriorConfig, TableShape, WidePriorConfig
 from dopfn_jax.model.bar_distribution import fit_borders
 from dopfn_jax.model.standardise import Scaler
 from dopfn_jax.model.transformer import DoPFN
 from dopfn_jax.prior import Task, sample_tasks
 from dopfn_jax.sharding import MeshError, state_shardings
 from dopfn_jax.training.optimizer import make_optimizer, make_schedule
+from dopfn_jax.wide.task import sample_wide_tasks
 
 # Standardised targets beyond this are moved to it, so that the mean loss does not hang on a few
 # heavy tails. The gradient hardly changes: within a tail bucket it does not depend on the target.
@@ -62,7 +65,8 @@ class Metrics:
         gradient_norm: global norm before clipping.
         learning_rate: of this step.
         masked_tasks: degenerate tasks of the batch, which carried no loss.
-        skipped: 1 where the gradient was not finite and the update was left out.
+        skipped: 1 where loss, gradient or new parameters were not finite and the update was left
+            out.
     """
 
     loss: jax.Array
@@ -80,14 +84,10 @@ class Trainer:
     """
 
     def __init__(self, config: Config, mesh: Mesh):
-        data = mesh.shape["data"]
-        shapes = [("shapes", shape) for shape in config.training.shapes]
-        for name, shape in [*shapes, ("validation", config.training.validation)]:
-            if shape.tasks % data:
-                raise MeshError(
-                    f"training.{name} has {shape.tasks} tasks, which a data axis of {data} devices "
-                    "does not divide: give it a multiple, or choose another --mesh"
-                )
+        data, parts = mesh.shape["data"], config.training.accumulate
+        for shape in config.training.shapes:
+            _require_divisible("shapes", shape.tasks, data, parts)
+        _require_divisible("validation", config.training.validation.tasks, data, 1)
         self.config, self.mesh = config, mesh
         self._optimizer = make_optimizer(config.training)
         self._schedule = make_schedule(config.training)
@@ -102,8 +102,11 @@ class Trainer:
             abstract_state,
             self.shardings,
         )
+        self._gathered = jax.tree.map(_without_data_axis, self.shardings.params)
+        # What every process can read; not only its own shards.
+        self._replicated = NamedSharding(mesh, P())
         self._steps: dict[TableShape, Callable[[TrainState], tuple[TrainState, Metrics]]] = {}
-        self._validate = jax.jit(self._validation_metrics)
+        self._validate = jax.jit(self._validation_metrics, out_shardings=self._replicated)
 
     def init(self, borders: jax.Array | None = None) -> TrainState:
         """A fresh state, created already sharded.
@@ -118,13 +121,21 @@ class Trainer:
     def step(self, state: TrainState, shape: TableShape) -> tuple[TrainState, Metrics]:
         """One update on a fresh batch; the given state is donated. Compiles once per shape."""
         if shape not in self._steps:
-            self._steps[shape] = jax.jit(
-                partial(self._train_step, shape),
-                donate_argnums=0,
-                out_shardings=(self.shardings, None),
-            )
+            self._steps[shape] = self._jitted_step(shape)
         with jax.set_mesh(self.mesh):
             return self._steps[shape](state)
+
+    def lower_step(self, shape: TableShape) -> jax.stages.Lowered:
+        """The step's program, from shapes alone: to compile and to look at."""
+        with jax.set_mesh(self.mesh):
+            return self._jitted_step(shape).lower(self.abstract_state)
+
+    def _jitted_step(self, shape: TableShape) -> Any:
+        return jax.jit(
+            partial(self._train_step, shape),
+            donate_argnums=0,
+            out_shardings=(self.shardings, self._replicated),
+        )
 
     def validate(self, state: TrainState) -> dict[str, jax.Array]:
         """Mean loss and median mean squared error on fixed held-out tasks, by the averaged weights.
@@ -135,8 +146,16 @@ class Trainer:
             return self._validate(state)
 
     def model(self, state: TrainState) -> DoPFN:
-        """The model with the averaged weights: the one to evaluate and to export."""
+        """The model with the averaged weights, split over the mesh as they are."""
         return nnx.merge(self.graphdef, state.average, state.constants)
+
+    def whole_model(self, state: TrainState) -> DoPFN:
+        """The same on this process's first device: the one to evaluate and to export.
+
+        With several processes, all of them have to call it.
+        """
+        weights = multihost_utils.process_allgather((state.average, state.constants), tiled=True)
+        return nnx.merge(self.graphdef, *jax.tree.map(jnp.asarray, weights))
 
     def _fit_borders(self) -> jax.Array:
         config, data = self.config, self.mesh.shape["data"]
@@ -144,7 +163,7 @@ class Trainer:
         tasks = -(-_BORDER_TASKS // data) * data
         shape = TableShape(rows=256, context=(128, 128), tasks=tasks)
 
-        @jax.jit
+        @partial(jax.jit, out_shardings=self._replicated)
         def targets(key: jax.Array) -> tuple[jax.Array, jax.Array]:
             task = sample_batch(key, config.prior, shape, self.mesh)
             scaler = Scaler.fit(task.context_x, task.context_y, task.context_mask)
@@ -171,24 +190,19 @@ class Trainer:
         )
 
     def _train_step(self, shape: TableShape, state: TrainState) -> tuple[TrainState, Metrics]:
-        task = sample_batch(
-            jax.random.fold_in(state.key, state.step), self.config.prior, shape, self.mesh
-        )
-
-        def loss_of(params: nnx.State) -> jax.Array:
-            return score(nnx.merge(self.graphdef, params, state.constants), task).loss
-
-        loss, gradient = jax.value_and_grad(loss_of)(state.params)
+        config = self.config.training
+        sums = self._sums(shape, state)
+        rows = jnp.maximum(sums.rows, 1.0)
+        loss = sums.loss / rows
+        gradient = jax.tree.map(lambda g: g / rows, sums.gradient)
         norm = optax.tree.norm(gradient)
         updates, opt_state = self._optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # At first the average forgets faster than its decay says: early evaluations are not stale.
-        decay = jnp.minimum(
-            self.config.training.ema_decay, (1.0 + state.step) / (10.0 + state.step)
-        )
+        decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         average = optax.incremental_update(params, state.average, 1.0 - decay)
 
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
         params, average, opt_state = jax.tree.map(
             partial(jnp.where, finite),
             (params, average, opt_state),
@@ -198,7 +212,7 @@ class Trainer:
             loss=loss,
             gradient_norm=norm,
             learning_rate=jnp.asarray(self._schedule(state.step)),
-            masked_tasks=(~task.valid).sum(),
+            masked_tasks=sums.masked_tasks,
             skipped=(~finite).astype(jnp.int32),
         )
         state = dataclasses.replace(
@@ -206,32 +220,103 @@ class Trainer:
         )
         return state, metrics
 
+    def _sums(self, shape: TableShape, state: TrainState) -> "_Sums":
+        """Loss and gradient of a whole batch, computed in `accumulate` parts one after another."""
+        key, parts = jax.random.fold_in(state.key, state.step), self.config.training.accumulate
+        part = dataclasses.replace(shape, tasks=shape.tasks // parts)
+
+        def of_part(first: jax.Array | int) -> _Sums:
+            task = sample_batch(key, self.config.prior_of(part), part, self.mesh, first)
+
+            def loss_of(params: nnx.State) -> tuple[jax.Array, jax.Array]:
+                # Left to itself, the compiler would rather gather activations, which are larger.
+                params = jax.lax.with_sharding_constraint(params, self._gathered)
+                scored = score(nnx.merge(self.graphdef, params, state.constants), task)
+                return scored.total, scored.weight.sum()
+
+            (loss, rows), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+            gradient = jax.lax.with_sharding_constraint(gradient, self.shardings.params)
+            return _Sums(loss, rows, (~task.valid).sum(), gradient)
+
+        if parts == 1:
+            return of_part(0)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, 0))
+        sums, _ = jax.lax.scan(
+            lambda sums, first: (jax.tree.map(jnp.add, sums, of_part(first)), None),
+            zeros,
+            part.tasks * jnp.arange(parts),
+        )
+        return sums
+
     def _validation_metrics(self, state: TrainState) -> dict[str, jax.Array]:
         shape = self.config.training.validation
-        task = sample_batch(jax.random.key(_VALIDATION_SEED), self.config.prior, shape, self.mesh)
+        metrics = self._held_out(state, shape, "validation")
+        most = max(shape.covariates[1] for shape in self.config.training.shapes)
+        if most and not shape.wide:
+            wide = dataclasses.replace(shape, covariates=(1, most))
+            metrics |= self._held_out(state, wide, "wide_validation")
+        return metrics
+
+    def _held_out(self, state: TrainState, shape: TableShape, name: str) -> dict[str, jax.Array]:
+        key, prior = jax.random.key(_VALIDATION_SEED), self.config.prior_of(shape)
+        task = sample_batch(key, prior, shape, self.mesh)
         scored = score(self.model(state), task)
         rows = jnp.maximum(scored.weight.sum(axis=1), 1.0)
         by_task = (scored.squared_error * scored.weight).sum(axis=1) / rows
         return {
-            "validation_loss": scored.loss,
-            "validation_median_mse": jnp.nanmedian(jnp.where(task.valid, by_task, jnp.nan)),
+            f"{name}_loss": scored.loss,
+            f"{name}_median_mse": jnp.nanmedian(jnp.where(task.valid, by_task, jnp.nan)),
         }
 
 
-def sample_batch(key: jax.Array, prior: PriorConfig, shape: TableShape, mesh: Mesh) -> Task:
-    """A batch of tasks, split over the mesh's data axis and sampled where it is used.
+@flax.struct.dataclass
+class _Sums:
+    """Sums over the query rows of a batch: of the loss (), the rows (), masked tasks, gradient."""
 
-    Task i depends on (key, i) alone, so the data is bitwise the same on any mesh. Inside
-    `shard_map` the rejection loops of random samplers stay local to each device.
+    loss: jax.Array
+    rows: jax.Array
+    masked_tasks: jax.Array
+    gradient: nnx.State
+
+
+def _without_data_axis(sharding: NamedSharding) -> NamedSharding:
+    spec = [None if axis == "data" else axis for axis in sharding.spec]
+    return NamedSharding(sharding.mesh, P(*spec))
+
+
+def _require_divisible(name: str, tasks: int, data: int, parts: int) -> None:
+    if tasks % (data * parts):
+        accumulate = f" times training.accumulate = {parts}" if parts > 1 else ""
+        raise MeshError(
+            f"training.{name} has {tasks} tasks, which a data axis of {data} devices{accumulate} "
+            "does not divide: give it a multiple, or choose another --mesh"
+        )
+
+
+def sample_batch(
+    key: jax.Array,
+    prior: PriorConfig | WidePriorConfig,
+    shape: TableShape,
+    mesh: Mesh,
+    first: jax.Array | int = 0,
+) -> Task:
+    """Tasks `first`, `first` + 1, ... of a batch, split over the mesh's data axis.
+
+    They are sampled where they are used. Task i depends on (key, i) alone, so the data is bitwise
+    the same on any mesh, in any number of processes, and in however many parts a batch is taken.
+    Inside `shard_map` the rejection loops of random samplers stay local to each device.
     """
     local = shape.tasks // mesh.shape["data"]
 
-    def sample_local(key: jax.Array) -> Task:
-        index = jax.lax.axis_index("data") * local + jnp.arange(local)
+    def sample_local(key: jax.Array, first: jax.Array) -> Task:
+        index = first + jax.lax.axis_index("data") * local + jnp.arange(local)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+        if isinstance(prior, WidePriorConfig):
+            return sample_wide_tasks(keys, prior, shape.rows, shape.context, shape.covariates)
         return sample_tasks(keys, prior, shape.rows, shape.context)
 
-    return jax.jit(jax.shard_map(sample_local, mesh=mesh, in_specs=P(), out_specs=P("data")))(key)
+    sample = jax.shard_map(sample_local, mesh=mesh, in_specs=P(), out_specs=P("data"))
+    return jax.jit(sample)(key, jnp.asarray(first))
 
 
 @flax.struct.dataclass
@@ -249,10 +334,14 @@ class Score:
     weight: jax.Array
 
     @property
+    def total(self) -> jax.Array:
+        """Sum of the negative log-likelihoods of the rows that count, ()."""
+        return -(self.log_likelihood * self.weight).sum()
+
+    @property
     def loss(self) -> jax.Array:
-        """Mean negative log-likelihood of the rows that count, () (Do-PFN, Algorithm 1)."""
-        total = (self.log_likelihood * self.weight).sum()
-        return -total / jnp.maximum(self.weight.sum(), 1.0)
+        """Their mean, () (Do-PFN, Algorithm 1)."""
+        return self.total / jnp.maximum(self.weight.sum(), 1.0)
 
 
 def score(model: DoPFN, task: Task) -> Score:

@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 from flax import nnx
 
-from dopfn_jax.model.attention import Attention
+from dopfn_jax.model.attention import Attention, attend_by_scores, attend_fused, uses_cudnn
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -95,3 +95,49 @@ def test_kernels_name_their_axes(attention: Attention):
     for name in ("query", "key", "value"):
         assert getattr(attention, name).kernel.get_metadata("axes") == ("embed", "heads")
     assert attention.out.kernel.get_metadata("axes") == ("heads", "embed")
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "width", "chosen"),
+    [
+        ("cuda", "bfloat16", 32, True),
+        ("cuda", "float16", 64, True),
+        ("cuda", "float32", 32, False),
+        ("cuda", "bfloat16", 36, False),  # no multiple of 8
+        ("cuda", "bfloat16", 128, False),  # no room for the mask
+        ("cpu", "bfloat16", 32, False),
+        ("gpu", "bfloat16", 32, False),  # ROCm
+        ("tpu", "bfloat16", 32, False),
+    ],
+)
+def test_cudnn_is_chosen_where_it_can_be(platform: str, dtype: str, width: int, chosen: bool):
+    queries = jax.ShapeDtypeStruct((B, A, M, H, width), jnp.dtype(dtype))
+    assert uses_cudnn(queries, platform) is chosen
+
+
+def test_the_fused_form_means_the_same():
+    """With XLA in cuDNN's place: values and gradients; finite where all tokens are masked."""
+    rng = np.random.default_rng(2)
+    queries, keys, values = (
+        rng.normal(size=(B, A, rows, H, 8)).astype(np.float32) for rows in (M, N, N)
+    )
+    mask = np.array([[True, False, True, True, False], [False] * N])
+    weight = rng.normal(size=queries.shape).astype(np.float32)
+
+    def run(attend):
+        def total(queries, keys, values):
+            out = attend(queries, keys, values, mask)
+            return (out * weight)[0].sum(), out
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(
+            queries, keys, values
+        )
+
+    have = run(lambda *arrays: attend_fused(*arrays, implementation="xla"))
+    want = run(attend_by_scores)
+    (_, out), (_, expected) = have[0], want[0]
+    assert out.shape == queries.shape
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out[0], expected[0], rtol=1e-4, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(have[1]), jax.tree.leaves(want[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

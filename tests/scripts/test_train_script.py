@@ -39,7 +39,7 @@ OVERRIDES = [
 
 def arguments(folder: Path, steps: int = STEPS) -> list[str]:
     run = ["--config", "smoke", "--workdir", str(folder), "--mesh", "1", "--steps", str(steps)]
-    return [*run, "--seed", "0", *OVERRIDES]
+    return [*run, "--seed", "0", "--peak", "1e11", *OVERRIDES]
 
 
 def config_of_run(steps: int = STEPS) -> Config:
@@ -109,10 +109,11 @@ def last_state(folder: Path, steps: int = STEPS) -> list[np.ndarray]:
 
 
 def require_same_run(folder: Path, reference: Path, steps: int = STEPS) -> None:
-    """Same final state and same logged steps, bit by bit."""
+    """Same final state and same logged metrics, bit by bit."""
     for a, b in zip(last_state(folder, steps), last_state(reference, steps), strict=True):
         assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
-    exact = ("step", "loss", "gradient_norm", "learning_rate")
+    exact = ("step", "loss", "mean_loss", "gradient_norm", "learning_rate")
+    exact += ("masked_tasks", "skipped")
     have, want = (
         [[line[name] for name in exact] for line in read_log(f)] for f in (folder, reference)
     )
@@ -185,6 +186,58 @@ def test_stops_signals_and_a_kill_change_nothing(
     require_same_run(folder, reference)
 
 
+def write_case_study(folder: Path, number: int) -> None:
+    """A table of 24 rows in the format of the released ones, whose effect is 2."""
+    rng = np.random.default_rng(number)
+    x, t, t_int = rng.normal(size=24), np.tile([0.0, 1.0], 12), rng.integers(0, 2, 24)
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        folder / f"{number}.npz",
+        x_obs=np.stack([t, x], axis=1),
+        x_int=np.stack([t_int, x], axis=1),
+        y_obs=x + 2 * t,
+        y_int=x + 2 * t_int,
+        y0=x,
+        y1=x + 2,
+    )
+
+
+def test_observers_see_a_run_and_do_not_change_it(tmp_path: Path, reference: Path) -> None:
+    for number in (1, 2):
+        write_case_study(tmp_path / "data" / "case_studies_dev" / "linear", number)
+    folder = tmp_path / "observed"
+    observers = ["--profile", "--evaluate-every", "20", "--data", str(tmp_path / "data")]
+    assert main([*arguments(folder), *observers]) == 0
+    log = read_log(folder)
+    scored = {line["step"]: line for line in log if "cid/linear" in line}
+    assert list(scored) == [20, STEPS]
+    assert scored[20]["cid/linear"] != scored[STEPS]["cid/linear"] > 0
+    assert scored[STEPS]["cate/linear"] > 0
+    for line in log:
+        rate = line["model_flops_per_second"]
+        assert line["utilisation"] == pytest.approx(rate / 1e11)
+    assert list((folder / "profile").rglob("*.xplane.pb"))
+    require_same_run(folder, reference)
+
+
+def test_a_run_that_cannot_recover_ends_with_the_steps_and_sound_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "diverged"
+    assert main([*arguments(folder, 200), "training.learning_rate=1e38"]) == 2
+    # The warm-up starts at a rate of 0, so the first step is a good one.
+    assert "steps 2 to 51: the gradient was never finite" in capsys.readouterr().err
+    assert [line["skipped"] for line in read_log(folder)] == [0] + [1] * 49
+    weights = nnx.state(from_pretrained(folder).model)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights))
+    config = Config.load("smoke", [*OVERRIDES, "training.steps=200", "training.learning_rate=1e38"])
+    directory = RunDirectory(folder, config, resume=True)
+    state = directory.restore(Trainer(config, make_mesh()).abstract_state)
+    directory.close()
+    for leaf in jax.tree.leaves((state.params, state.average, state.opt_state)):
+        assert np.isfinite(leaf).all()
+
+
 def test_resuming_a_finished_run_says_so(
     reference: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +274,10 @@ def test_bad_input_is_named_and_leaves_no_work_directory(
         ("training.steps=many",): "training.steps = 'many': expected int",
         ("--steps", "0"): "training.steps = 0: must be 1 or more",
         ("--stop-after", "0"): "--stop-after 0: must be 1 or more",
+        ("--distributed",): "--distributed: cannot join the other processes",
+        ("--peak", "0"): "--peak 0.0: must be 1 or more",
+        ("--evaluate-every", "5"): "--evaluate-every and --data: give both or neither",
+        ("--evaluate-every", "5", "--data", str(tmp_path)): "holds no <case>/<number>.npz",
         ("--mesh", "4x"): "--mesh '4x': write the number of devices",
         ("--mesh", "64"): "needs 64 devices",
         ("--init-from", str(tmp_path)): "nor a folder with model.safetensors",
@@ -243,21 +300,23 @@ def test_an_error_that_is_not_ours_keeps_its_traceback(
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
-    steps = 400
+def test_twenty_four_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    """A checkpoint after every step, so most kills fall into a save."""
+    steps = 120
     assert main(arguments(tmp_path / "reference", steps)) == 0
     folder = tmp_path / "killed"
     command = [sys.executable, str(SCRIPT), *arguments(folder, steps), "--resume"]
     moments = random.Random(0)
-    kills = 0
-    while kills < 20:
+    for kill in range(24):
         done = max((line["step"] for line in read_log(folder)), default=0)
         process = start(command, folder)
-        process.wait_for_step(min(done + moments.randint(1, 8), steps - 5))
-        time.sleep(moments.uniform(0, 0.3))
+        if kill % 4 == 3:  # anywhere: imports, restoring, the first steps
+            time.sleep(moments.uniform(0, 10))
+        else:
+            process.wait_for_step(min(done + moments.randint(1, 3), steps - 20))
+            time.sleep(moments.uniform(0, 0.3))
         process.stop(signal.SIGKILL)
         assert process.popen.returncode == -signal.SIGKILL
-        kills += 1
     assert main([*arguments(folder, steps), "--resume"]) == 0
     require_same_run(folder, tmp_path / "reference", steps)
 

@@ -11,10 +11,13 @@ import pytest
 from flax import nnx
 
 from dopfn_jax.checkpoints import Checkpoint, CheckpointError
-from dopfn_jax.config import Config
+from dopfn_jax.config import Config, TableShape, TrainingConfig
 from dopfn_jax.training import loop
+from dopfn_jax.training.flops import model_flops
 from dopfn_jax.training.loop import MOST_SKIPPED_IN_A_ROW, TrainingError
-from dopfn_jax.training.step import Metrics, Trainer, TrainState
+from dopfn_jax.training.step import Metrics, Trainer, TrainState, shape_of_step
+
+SHAPE = TableShape(rows=20, context=(6, 12), tasks=8)
 
 
 def metrics(loss: float = 1.0, skipped: int = 0) -> Metrics:
@@ -28,9 +31,9 @@ def metrics(loss: float = 1.0, skipped: int = 0) -> Metrics:
 
 
 def test_a_line_holds_the_last_step_and_sums_and_means_since_the_line_before() -> None:
-    window = loop._Window()
-    window.add(1, 8, metrics(1.0))
-    window.add(2, 8, metrics(3.0, skipped=1))
+    window = loop._Window(Config())
+    window.add(1, SHAPE, metrics(1.0))
+    window.add(2, SHAPE, metrics(3.0, skipped=1))
     line = window.flush()
     assert line["tasks_per_second"] > 0
     assert {name: line[name] for name in ("step", "loss", "mean_loss", "masked_tasks")} == {
@@ -40,21 +43,44 @@ def test_a_line_holds_the_last_step_and_sums_and_means_since_the_line_before() -
         "masked_tasks": 6,
     }
     assert line["skipped"] == 1
-    window.add(3, 8, metrics(5.0))
+    window.add(3, SHAPE, metrics(5.0))
     assert window.flush()["mean_loss"] == 5.0
     assert window.masked_tasks == 9  # of the whole run, for the progress bar
 
 
+def test_rates_are_those_of_the_same_seconds() -> None:
+    config = Config()
+    window = loop._Window(config, peak=1e9)
+    for step in (1, 2):
+        window.add(step, SHAPE, metrics())
+    line = window.flush()
+    assert line["rows_per_second"] == pytest.approx(20 * line["tasks_per_second"])
+    by_task = model_flops(config, SHAPE) / 8
+    assert line["model_flops_per_second"] == pytest.approx(by_task * line["tasks_per_second"])
+    assert line["utilisation"] == pytest.approx(line["model_flops_per_second"] / 1e9)
+
+
+def test_a_profile_shows_steps_that_do_not_compile() -> None:
+    other = dataclasses.replace(SHAPE, rows=30)
+    config = TrainingConfig(shapes=(SHAPE, other), seed=1)
+    shapes = [shape_of_step(config.shapes, 1, step) for step in range(100)]
+    for start in (0, 17):
+        profiled = loop._steps_to_profile(config, start, 100)
+        assert len(profiled) == loop.PROFILED_STEPS
+        assert {shapes[step] for step in profiled} <= set(shapes[start : profiled.start])
+    assert not loop._steps_to_profile(config, 0, 3)
+
+
 def test_a_gradient_that_never_recovers_ends_the_run_with_the_steps() -> None:
-    window = loop._Window()
+    window = loop._Window(Config())
     for step in range(1, MOST_SKIPPED_IN_A_ROW):
-        window.add(step, 8, metrics(skipped=1))
-    window.add(50, 8, metrics())  # one good step is enough to go on
+        window.add(step, SHAPE, metrics(skipped=1))
+    window.add(50, SHAPE, metrics())  # one good step is enough to go on
     for step in range(51, 50 + MOST_SKIPPED_IN_A_ROW):
-        window.add(step, 8, metrics(np.nan, skipped=1))
+        window.add(step, SHAPE, metrics(np.nan, skipped=1))
         window.flush()
     with pytest.raises(TrainingError, match=r"steps 51 to 100: .*learning_rate"):
-        window.add(50 + MOST_SKIPPED_IN_A_ROW, 8, metrics(skipped=1))
+        window.add(50 + MOST_SKIPPED_IN_A_ROW, SHAPE, metrics(skipped=1))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

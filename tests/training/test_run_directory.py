@@ -1,5 +1,8 @@
+import contextlib
 import dataclasses
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -114,6 +117,49 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_with_its_name(tmp_path:
     with pytest.raises(CheckpointError, match=r"checkpoints/1 cannot be written"):
         directory.save(1, {"w": jnp.ones(3)})
     directory.close()
+
+
+@contextlib.contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file grows beyond `room` bytes: the kernel refuses, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_is_intact(tmp_path: Path) -> None:
+    state = {"w": jnp.asarray(np.random.default_rng(0).normal(size=100_000))}
+    directory = RunDirectory(tmp_path, CONFIG, resume=False)
+    directory.save(1, state)
+    with full_disk(50_000), pytest.raises(CheckpointError, match=r"checkpoints/2 .*make room"):
+        directory.save(2, state)
+    directory.close()
+
+    directory = RunDirectory(tmp_path, CONFIG, resume=True)
+    assert directory.latest_step() == 1
+    np.testing.assert_array_equal(directory.restore(state)["w"], state["w"])
+    directory.save(2, state)
+    assert directory.latest_step() == 2
+    directory.close()
+
+
+def test_a_log_on_a_full_disk_is_an_error_and_does_not_hang(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.write({"step": 1, "loss": 0.5})
+    with (
+        full_disk(100),
+        pytest.raises(RunDirectoryError, match="metrics cannot be written"),
+    ):
+        for step in range(2, 100):
+            log.write({"step": step, "loss": 0.5})
+
+
+def test_a_folder_that_cannot_be_written_is_named() -> None:
+    with pytest.raises(RunDirectoryError, match="--workdir /proc/run cannot be written"):
+        RunDirectory("/proc/run", CONFIG, resume=False)
 
 
 def read(folder: Path) -> list[dict[str, float]]:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from dopfn_jax.config import Config, TableShape, preset_names
 from dopfn_jax.prior import Task
+from dopfn_jax.sharding import MeshError
 from dopfn_jax.training.optimizer import make_optimizer
 from dopfn_jax.training.step import Trainer, TrainState, sample_batch, score, shape_of_step
 
@@ -91,6 +92,33 @@ def test_a_step_is_a_function_of_its_state(
     assert same_bits(*ends)
     for other in ({"step": np.int32(1)}, {"key": jax.random.key(1)}):
         assert float(trainer.step(fresh(**other), shape)[1].loss) != float(ends[0][1].loss)
+
+
+def test_a_batch_in_parts_gives_the_same_update(
+    trainer: Trainer, fresh: Callable[..., TrainState]
+) -> None:
+    """Equal up to the order of sums: the same tasks, and a mean over all rows, not of means."""
+    shape = trainer.config.training.shapes[0]
+    training = dataclasses.replace(trainer.config.training, accumulate=4)
+    in_parts = Trainer(dataclasses.replace(trainer.config, training=training), trainer.mesh)
+    whole, parts = fresh(), fresh()
+    for _ in range(3):
+        whole, want = trainer.step(whole, shape)
+        parts, have = in_parts.step(parts, shape)
+        np.testing.assert_allclose(have.loss, want.loss, rtol=1e-4)
+        np.testing.assert_allclose(have.gradient_norm, want.gradient_norm, rtol=1e-3)
+        assert int(have.masked_tasks) == int(want.masked_tasks)
+    changes = [
+        np.concatenate([np.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, pair), strict=True)])
+        for pair in ((parts.params, whole.params), (whole.params, fresh().params))
+    ]
+    assert np.linalg.norm(changes[0]) < 0.01 * np.linalg.norm(changes[1])
+
+
+def test_parts_must_divide_the_batch(trainer: Trainer) -> None:
+    training = dataclasses.replace(trainer.config.training, accumulate=3)
+    with pytest.raises(MeshError, match=r"8 tasks, .* times training.accumulate = 3 does not divi"):
+        Trainer(dataclasses.replace(trainer.config, training=training), trainer.mesh)
 
 
 def test_the_average_follows_the_parameters(

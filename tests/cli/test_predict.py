@@ -1,42 +1,19 @@
+import json
 import math
 from pathlib import Path
 
-import jax
 import numpy as np
 import pandas as pd
 import pytest
-from flax import nnx
 
-from dopfn_jax.checkpoints import DEFAULT_CHECKPOINT, checkpoint_names, save_checkpoint
-from dopfn_jax.config import Config, ModelConfig, PriorConfig
+from dopfn_jax.checkpoints import DEFAULT_CHECKPOINT, checkpoint_names
+from dopfn_jax.cli import main
 from dopfn_jax.estimators import DoPFNRegressor
-from dopfn_jax.model.transformer import DoPFN
-from scripts.predict import main
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 COLUMNS = ["cate"] + [
     f"cid{arm}{summary}" for arm in (0, 1) for summary in ("", "_q05", "_q50", "_q95")
 ]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an untrained model, made in one compilation."""
-    config = Config(
-        prior=PriorConfig(max_nodes=6),
-        model=ModelConfig(width=16, layers=2, heads=2, features_per_token=0, buckets=16),
-    )
-
-    def build() -> DoPFN:
-        model = DoPFN(config.model, rngs=nnx.Rngs(0))
-        model.head.kernel[...] *= 100
-        return model
-
-    graphdef, _ = nnx.split(nnx.eval_shape(build))
-    model = nnx.merge(graphdef, jax.jit(lambda: nnx.state(build()))())
-    folder = tmp_path_factory.mktemp("weights")
-    save_checkpoint(folder, model, config, steps=0)
-    return folder
 
 
 @pytest.fixture
@@ -60,11 +37,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def run(folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]):
-    """Runs the script on the table; returns exit code, standard output and error."""
+    """Runs the command on the table; returns exit code, standard output and error."""
 
     def run(*arguments: object, data: object = "trial.csv", weights: object = checkpoint):
         columns = ["--treatment", "drug", "--outcome", "weight"]
-        words = [data, *columns, "--checkpoint", weights, *arguments]
+        words = ["predict", data, *columns, "--checkpoint", weights, *arguments]
         try:
             code = main([str(word) for word in words])
         except SystemExit as error:
@@ -103,6 +80,38 @@ def test_prints_the_effect_and_writes_a_row_for_each_row(run, checkpoint) -> Non
         assert (np.diff(effects.filter(regex=f"cid{arm}_q"), axis=1) > 0).all()
 
 
+def test_json_holds_the_summary(run) -> None:
+    code, printed, errors = run("--covariates", "age,sex", "--json")
+    assert (code, errors) == (0, "")
+    facts = json.loads(printed)
+    assert facts["rows"] == 16
+    assert facts["ate_interval"][0] < facts["ate"] < facts["ate_interval"][1]
+    effects = pd.read_csv(facts["effects_file"])
+    assert facts["ate"] == pytest.approx(effects["cate"].mean(), rel=1e-4)
+    assert facts["plot"] is None
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--covariates", "age,sex"], ["--no-covariates"], ["--outcome", "cured"]]
+)
+def test_figures(run, folder, arguments: list[str]) -> None:
+    pytest.importorskip("matplotlib")
+    table = pd.read_csv("trial.csv").drop(columns="day")
+    table.assign(cured=(table["weight"] > 70).astype(int)).to_csv("trial.csv", index=False)
+    code, _, errors = run(*arguments, "--plot", "effects.png")
+    assert (code, errors) == (0, "")
+    assert (folder / "effects.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_binary_outcome_gives_probabilities(run) -> None:
+    table = pd.read_csv("trial.csv")
+    table.assign(cured=(table["weight"] > 70).astype(int)).to_csv("trial.csv", index=False)
+    assert run("--outcome", "cured", "--covariates", "age")[0] == 0
+    effects = pd.read_csv("trial_effects.csv", index_col="row")
+    assert list(effects.columns) == ["cate", "cid0", "cid1"]
+    assert effects[["cid0", "cid1"]].stack().between(0, 1).all()
+
+
 def test_without_covariates_all_rows_have_the_same_effect(run, folder) -> None:
     code, printed, _ = run("--no-covariates", "--output", folder / "out.csv")
     assert code == 0
@@ -128,6 +137,13 @@ def test_without_covariates_all_rows_have_the_same_effect(run, folder) -> None:
         (["--output", "nowhere/out.csv"], "there is no folder nowhere"),
         (["--checkpoint", "nowhere"], "checkpoint 'nowhere'"),
         (["--covariate", "age"], "unrecognized arguments"),
+        (["--plot", "trial.csv"], "--plot trial.csv: is the input itself"),
+        (["--plot-covariate", "age"], "--plot-covariate: needs --plot"),
+        (
+            ["--covariates", "age", "--plot", "x.png", "--plot-covariate", "sex"],
+            "--plot-covariate 'sex': no such column",
+        ),
+        (["--n-estimators", "0"], "n_estimators is 0, but must be 1 or more"),
     ],
 )
 def test_mistakes_end_in_one_line(run, folder, arguments: list[str], message: str) -> None:
@@ -135,7 +151,7 @@ def test_mistakes_end_in_one_line(run, folder, arguments: list[str], message: st
     code, printed, errors = run(*arguments)
     assert code == 2
     assert printed == ""
-    assert errors.startswith("predict.py: ")
+    assert errors.startswith("dopfn-jax")
     assert message in errors
     assert errors.count("\n") == 1
     assert [path.name for path in folder.iterdir()] == ["trial.csv"]
@@ -169,7 +185,7 @@ def test_unusable_tables_end_in_one_line(run, folder, content: str | None, messa
 
 def test_help_teaches_what_to_pass(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["--help"])
+        main(["predict", "--help"])
     assert stop.value.code == 0
     assert "measured BEFORE the treatment" in capsys.readouterr().out
 
@@ -177,7 +193,7 @@ def test_help_teaches_what_to_pass(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.skipif(DEFAULT_CHECKPOINT not in checkpoint_names(), reason="no weights are shipped")
 def test_example_without_covariates(folder, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--treatment", "Shopping Event?", "--outcome", "Profit", "--no-covariates"]
-    assert main([str(EXAMPLES / "amazon_sales.csv"), *arguments]) == 0
+    assert main(["predict", str(EXAMPLES / "amazon_sales.csv"), *arguments]) == 0
     printed = capsys.readouterr().out
     assert "15 rows with Shopping Event? = 1, 350 with Shopping Event? = 0" in printed
     effect = next(line for line in printed.splitlines() if line.startswith("ATE"))

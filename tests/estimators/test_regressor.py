@@ -9,62 +9,22 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-from flax import nnx
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
-import dopfn_jax.estimators as estimators
 from dopfn_jax.checkpoints import (
     DEFAULT_CHECKPOINT,
-    Checkpoint,
     CheckpointError,
     checkpoint_names,
     save_checkpoint,
 )
-from dopfn_jax.config import Config, ModelConfig, PriorConfig
-from dopfn_jax.estimators import DoPFNRegressor, _padded_rows, _power_of_two, _random_half
+from dopfn_jax.estimators import DoPFNRegressor, archive, effects, inference
+from dopfn_jax.estimators.inference import padded_rows, power_of_two
+from dopfn_jax.estimators.views import random_part
 from dopfn_jax.model.bar_distribution import BarDistribution
-from dopfn_jax.model.transformer import DoPFN
 from dopfn_jax.predict import cate, encode
 from dopfn_jax.tables import TableError
-
-ROWS, COVARIATES = 16, 3
-
-
-@pytest.fixture(scope="module")
-def checkpoint() -> Checkpoint:
-    """An untrained model, made in one compilation, whose answers differ from row to row."""
-    config = Config(
-        prior=PriorConfig(max_nodes=7),
-        model=ModelConfig(width=16, layers=2, heads=2, features_per_token=0, buckets=16),
-    )
-
-    def build() -> DoPFN:
-        model = DoPFN(config.model, rngs=nnx.Rngs(0))
-        model.head.kernel[...] *= 100
-        return model
-
-    graphdef, _ = nnx.split(nnx.eval_shape(build))
-    model = nnx.merge(graphdef, jax.jit(lambda: nnx.state(build()))())
-    return Checkpoint("tiny", model, config, steps=0)
-
-
-def table(rows: int = ROWS) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
-    generator = np.random.default_rng(0)
-    X = pd.DataFrame(generator.normal(size=(rows, COVARIATES)), columns=["age", "dose", "score"])
-    t = generator.permutation(np.arange(rows) % 2)
-    y = 3 * X["age"].to_numpy() + t * X["dose"].to_numpy() + generator.normal(size=rows) + 10
-    return X, t, y
-
-
-@pytest.fixture(scope="module")
-def fitted(checkpoint: Checkpoint) -> DoPFNRegressor:
-    return DoPFNRegressor(checkpoint, n_resamples=6).fit(*table())
-
-
-def assert_same(actual, expected, tolerance: float = 1e-4) -> None:
-    """Equal up to a tolerance relative to the largest expected value."""
-    np.testing.assert_allclose(actual, expected, atol=tolerance * np.abs(expected).max())
+from tests.estimators.small import COVARIATES, ROWS, assert_same, table
 
 
 class TestAnswers:
@@ -111,8 +71,8 @@ class TestAnswers:
     def test_chunks_change_nothing(self, fitted, monkeypatch) -> None:
         X = pd.concat([table()[0]] * 3, ignore_index=True)[:40]
         whole = fitted.predict(X, 1), fitted.cate(X), fitted.predict_distribution(X, 1).logits
-        monkeypatch.setattr(estimators, "_CHUNK_ROWS", 16)
-        assert len(list(fitted._chunks(40, 16))) == 3
+        monkeypatch.setattr(inference, "CHUNK_ROWS", 16)
+        assert len(list(fitted.network_.chunks(40, 16))) == 3
         chunked = fitted.predict(X, 1), fitted.cate(X), fitted.predict_distribution(X, 1).logits
         for parts, expected in zip(chunked, whole, strict=True):
             assert_same(parts, expected, 1e-5)
@@ -179,13 +139,16 @@ class TestAnswers:
 
     def test_few_compilations_serve_many_table_sizes(self, checkpoint, fitted) -> None:
         fitted.predict(table()[0], 1)
-        compiled = estimators._encode._cache_size(), estimators._predict._cache_size()
+        compiled = inference.jitted_encode._cache_size(), inference.jitted_predict._cache_size()
         for rows, columns in [(9, 1), (12, 2), (16, 3)]:
             X, t, y = table(rows)
             DoPFNRegressor(checkpoint).fit(X.iloc[:, :columns], t, y).predict(
                 X.iloc[: rows - 3, :columns], 1
             )
-        assert compiled == (estimators._encode._cache_size(), estimators._predict._cache_size())
+        assert compiled == (
+            inference.jitted_encode._cache_size(),
+            inference.jitted_predict._cache_size(),
+        )
 
 
 class TestInterval:
@@ -204,10 +167,12 @@ class TestInterval:
     def test_halves_are_fitted_like_tables(self, checkpoint, fitted) -> None:
         X, t, y = table()
         generator = np.random.default_rng(0)
-        halves = [_random_half(t.astype(np.float32), generator) for _ in range(6)]
+        halves = [random_part(t.astype(np.float32), 0.5, generator) for _ in range(6)]
         # In batches of four, of which the second has to be filled up.
-        together = fitted._ate_of_halves(fitted.table_.x) * fitted.schema_.outcome.scale
-        assert together.shape == (6,)
+        effects, factor = fitted._resampled_effects(fitted.table_.x)
+        assert effects.shape == (6, ROWS)
+        assert factor == 1
+        together = effects.mean(axis=1)
         for i in (0, 5):
             half = halves[i]
             alone = DoPFNRegressor(checkpoint).fit(X.iloc[half], t[half], y[half]).ate(X)
@@ -215,7 +180,7 @@ class TestInterval:
 
     def test_many_rows_share_the_error_of_some(self, fitted, monkeypatch) -> None:
         X = pd.concat([table()[0]] * 3)
-        monkeypatch.setattr(estimators, "_INTERVAL_ROWS", ROWS)
+        monkeypatch.setattr(effects, "INTERVAL_ROWS", ROWS)
         low, high = fitted.ate_interval(X)
         assert (low + high) / 2 == pytest.approx(fitted.ate(X), rel=1e-6)
         low_of_all, high_of_all = fitted.ate_interval()
@@ -226,11 +191,11 @@ class TestInterval:
         generator = np.random.default_rng(0)
         sizes = set()
         for _ in range(50):
-            half = _random_half(t, generator)
+            half = random_part(t, 0.5, generator)
             assert len(set(half)) == len(half)
             sizes.add((int(t[half].sum()), len(half)))
         assert sizes == {(15, 50), (16, 51)}
-        assert len(_random_half(np.float32([0, 1, 1]), generator)) == 2
+        assert len(random_part(np.float32([0, 1, 1]), 0.5, generator)) == 2
 
     def test_spread_over_halves_is_the_standard_error(self) -> None:
         """Shown for the difference in means, whose standard error has a formula."""
@@ -241,7 +206,7 @@ class TestInterval:
         def difference(rows: np.ndarray) -> float:
             return y[rows][t[rows] == 1].mean() - y[rows][t[rows] == 0].mean()
 
-        spread = np.std([difference(_random_half(t, generator)) for _ in range(2000)])
+        spread = np.std([difference(random_part(t, 0.5, generator)) for _ in range(2000)])
         error = math.sqrt(y[t == 1].var() / 120 + y[t == 0].var() / 280)
         assert spread == pytest.approx(error, rel=0.05)
 
@@ -304,7 +269,7 @@ class TestSaving:
         def fail(*_: object) -> None:
             raise OSError("disk full")
 
-        monkeypatch.setattr(estimators, "save_checkpoint", fail)
+        monkeypatch.setattr(archive, "save_checkpoint", fail)
         with pytest.raises(OSError, match="disk full"):
             fitted.save(path)
         assert path.read_bytes() == before
@@ -338,14 +303,18 @@ class TestConventions:
         model = DoPFNRegressor("name", n_resamples=8)
         assert clone(model).get_params() == {
             "checkpoint": "name",
+            "n_estimators": 1,
             "n_resamples": 8,
             "max_context": 10_000,
+            "cache": True,
+            "device": None,
             "random_state": 0,
+            "verbose": False,
         }
         assert model.set_params(random_state=3).random_state == 3
         assert repr(model) == "DoPFNRegressor(checkpoint='name', n_resamples=8, random_state=3)"
         copy = clone(fitted)
-        assert not hasattr(copy, "context_")
+        assert not hasattr(copy, "contexts_")
         np.testing.assert_array_equal(copy.fit(*table()).cate(), fitted.cate())
 
     def test_fitted_attributes(self, checkpoint) -> None:
@@ -390,7 +359,7 @@ class TestRefused:
             DoPFNRegressor(checkpoint).fit(**{"X": X, "t": t, "y": y, **change})
 
     def test_too_many_rows(self, checkpoint) -> None:
-        with pytest.raises(TableError, match=r"16 rows, more than max_context = 10: .*random sam"):
+        with pytest.raises(TableError, match=r"16 rows, more than max_context = 10: .*random sub"):
             DoPFNRegressor(checkpoint, max_context=10).fit(*table())
 
     def test_settings(self, checkpoint) -> None:
@@ -428,17 +397,17 @@ class TestRefused:
 
 
 def test_row_sizes() -> None:
-    sizes = [_padded_rows(rows) for rows in range(1, 5000)]
+    sizes = [padded_rows(rows) for rows in range(1, 5000)]
     assert sorted(set(sizes[:128])) == [16, 24, 32, 48, 64, 96, 128]
     assert all(rows <= size for rows, size in enumerate(sizes, start=1))
     assert len(set(sizes)) < 20
-    assert [_power_of_two(limit, 2, 12) for limit in (0.1, 3.9, 4.0, 7.0, 1e9)] == [2, 2, 4, 4, 8]
+    assert [power_of_two(limit, 2, 12) for limit in (0.1, 3.9, 4.0, 7.0, 1e9)] == [2, 2, 4, 4, 8]
 
 
 @pytest.mark.skipif(DEFAULT_CHECKPOINT not in checkpoint_names(), reason="no weights are shipped")
 def test_quitting_smoking_adds_weight() -> None:
     """NHEFS: Hernán and Robins report 3.5 kg (2.6 to 4.5); the difference in means is 2.5 kg."""
-    data = pd.read_csv(Path(__file__).parent.parent / "examples" / "data" / "nhefs.csv")
+    data = pd.read_csv(Path(__file__).parents[2] / "examples" / "data" / "nhefs.csv")
     X, t, y = data.drop(columns=["qsmk", "wt82_71"]), data["qsmk"], data["wt82_71"]
     # The interim weights shrink it, as the README says; weights from a wide prior must not.
     assert 0 < DoPFNRegressor().fit(X, t, y).ate() < 5.5

@@ -1,0 +1,157 @@
+"""What a table looks like, in numbers, and whether tables of a prior look like that.
+
+A network that was trained on a prior answers for tables like those of the prior. These statistics
+need no model and no truth, so that any table can be laid beside any prior.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dopfn_jax.config import Config, TableShape
+from dopfn_jax.prior import sample_tasks
+from dopfn_jax.wide.task import sample_wide_tasks
+
+# Rows more than this are left out of the statistics of a table: they do not need them.
+MOST_ROWS = 5000
+FOLDS = 2
+# The central share of a prior's tables that counts as usual.
+USUAL = (0.01, 0.99)
+
+Floats = NDArray[np.float64]
+
+
+def table_statistics(x: ArrayLike, t: ArrayLike, y: ArrayLike) -> dict[str, float]:
+    """Statistics of one observational table, all but the first two free of units.
+
+    Args:
+        x: (N, F) covariates, NaN where missing; F = 0 is legal.
+        t: (N,) treatment, 0 or 1, both of which occur.
+        y: (N,) outcome.
+
+    Returns:
+        By name:
+        covariates: number of columns F.
+        treated_share: share of rows with t = 1.
+        overlap_auc: how well a linear score of x, fitted to the other half of the rows, tells
+            treated from untreated; 0.5: not at all (as in a trial), 1: no overlap.
+        outcome_r2: share of the variance of y that a linear fit to (x, t) predicts in the other
+            half of the rows; below 0 where it predicts worse than the mean.
+        difference: of the arms' mean outcomes, absolute, in standard deviations of y.
+        adjusted_difference: the coefficient of t in the linear fit, likewise.
+        outcome_levels: distinct values of y as a share of its rows.
+        outcome_tail: largest |y - mean|, in standard deviations.
+        outcome_skewness: third standardised moment of y, absolute.
+        discrete_columns: share of columns with at most 10 distinct values.
+        column_correlation: mean absolute correlation of two columns (0 for fewer).
+        column_tail: largest |x - mean| of the columns in standard deviations, their median.
+        missing_cells: share of cells that are missing.
+    """
+    x, t, y = np.asarray(x, float)[:MOST_ROWS], np.asarray(t, float), np.asarray(y, float)
+    t, y = t[:MOST_ROWS], y[:MOST_ROWS]
+    missing = np.isnan(x)
+    with np.errstate(all="ignore"):
+        centre = np.nan_to_num(np.nanmean(np.where(missing.all(axis=0), 0.0, x), axis=0))
+    z = _standardise(np.where(missing, centre, x))
+    outcome = _standardise(y[:, None])[:, 0]
+    propensity = _out_of_fold(z, t)
+    prediction = _out_of_fold(np.column_stack([z, t]), outcome)
+    coefficients = _ridge(np.column_stack([z, t]), outcome)
+    levels = [len(np.unique(column[~np.isnan(column)])) for column in x.T]
+    correlation = np.abs(z.T @ z / len(z))[np.triu_indices(x.shape[1], 1)]
+    return {
+        "covariates": float(x.shape[1]),
+        "treated_share": float(t.mean()),
+        "overlap_auc": _auc(propensity, t > 0.5),
+        "outcome_r2": float(1.0 - np.mean((outcome - prediction) ** 2)),
+        "difference": float(abs(outcome[t > 0.5].mean() - outcome[t <= 0.5].mean())),
+        "adjusted_difference": float(abs(coefficients[-1])),
+        "outcome_levels": len(np.unique(y)) / len(y),
+        "outcome_tail": float(np.abs(outcome).max()),
+        "outcome_skewness": float(abs(np.mean(outcome**3))),
+        "discrete_columns": float(np.mean(np.array(levels) <= 10)) if levels else 0.0,
+        "column_correlation": float(correlation.mean()) if correlation.size else 0.0,
+        "column_tail": float(np.median(np.abs(z).max(axis=0))) if z.size else 0.0,
+        "missing_cells": float(missing.mean()) if missing.size else 0.0,
+    }
+
+
+def prior_statistics(
+    config: Config, shape: TableShape, tables: int = 200, seed: int = 0
+) -> dict[str, Floats]:
+    """Statistics of tables drawn from the prior of a config: by name, one value per valid table.
+
+    Args:
+        config: its `prior`, or `wide` where the shape gives covariates.
+        shape: rows and columns of the tables; its `tasks` is not used.
+        tables: how many to draw.
+        seed: of the draw.
+    """
+    keys = jax.random.split(jax.random.key(seed), tables)
+    if shape.wide:
+        tasks = sample_wide_tasks(keys, config.wide, shape.rows, shape.context, shape.covariates)
+    else:
+        tasks = sample_tasks(keys, config.prior, shape.rows, shape.context)
+    tasks = jax.device_get(tasks)
+    rows = [
+        table_statistics(
+            tasks.context_x[i][tasks.context_mask[i]][:, tasks.covariate_mask[i]],
+            tasks.context_t[i][tasks.context_mask[i]],
+            tasks.context_y[i][tasks.context_mask[i]],
+        )
+        for i in np.flatnonzero(tasks.valid)
+    ]
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def unlike(
+    statistics: Mapping[str, float], prior: Mapping[str, Sequence[float] | Floats]
+) -> dict[str, tuple[float, float, float]]:
+    """The statistics of a table that are unusual for a prior.
+
+    Args:
+        statistics: from `table_statistics`.
+        prior: from `prior_statistics`.
+
+    Returns:
+        name -> (value, low, high), where the value lies outside the prior's central 98 %.
+    """
+    unusual = {}
+    for name, value in statistics.items():
+        low, high = np.quantile(prior[name], USUAL)
+        if not low <= value <= high:
+            unusual[name] = (value, float(low), float(high))
+    return unusual
+
+
+def _standardise(values: Floats) -> Floats:
+    deviation = values.std(axis=0)
+    return (values - values.mean(axis=0)) / np.where(deviation > 0, deviation, 1.0)
+
+
+def _ridge(x: Floats, y: Floats) -> Floats:
+    """Coefficients of a slightly penalised least squares on centred columns."""
+    centred = x - x.mean(axis=0)
+    gram = centred.T @ centred + 1e-3 * len(x) * np.eye(x.shape[1])
+    return np.linalg.solve(gram, centred.T @ (y - y.mean()))
+
+
+def _out_of_fold(x: Floats, y: Floats) -> Floats:
+    """Linear predictions of y by fits to the other folds; rows alternate between the folds."""
+    fold = np.arange(len(y)) % FOLDS
+    prediction = np.zeros(len(y))
+    for i in range(FOLDS):
+        train, test = fold != i, fold == i
+        offset = x[test] - x[train].mean(axis=0)
+        prediction[test] = y[train].mean() + offset @ _ridge(x[train], y[train])
+    return prediction
+
+
+def _auc(score: Floats, positive: NDArray[np.bool_]) -> float:
+    """Chance that a positive scores higher than another; ties count half."""
+    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    n = positive.sum()
+    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(score) - n)))

@@ -1,0 +1,326 @@
+"""The effect vocabulary: conditional, average and subgroup effects, each with its interval.
+
+Axes: R resamples, N rows of the fitted table, M query rows, F covariates, G groups.
+"""
+
+from statistics import NormalDist
+from typing import overload
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from dopfn_jax.estimators.fitting import InContextEstimator
+from dopfn_jax.tables import Data, Schema, TableError, read_treatment
+
+# Labels of subgroups: a column of the table, or one label per row (a mask, for example).
+By = str | int | Data
+
+# The standard error of an average over more rows than this is that over so many random ones.
+INTERVAL_ROWS = 1024
+# More subgroups than this are a number that has not been binned.
+_MOST_GROUPS = 50
+# Levels at which the bounds of an individual effect are looked for.
+_LEVELS = 64
+
+
+class EffectEstimator(InContextEstimator):
+    """Effects of the treatment, in the vocabulary of EconML.
+
+    Every `_interval` method but `individual_effect_interval` is the estimate plus and minus the
+    normal quantile of 1 - alpha / 2 times a standard error: the spread of the same estimate over
+    `n_resamples` random halves of the fitted table, drawn without replacement within each arm. (An
+    estimate from half of the rows varies around that from all of them as that one varies around the
+    truth: the delete-half jackknife of Shao and Wu, 1989. Unlike a bootstrap it shows the model no
+    row twice.) With the default seed the halves are always the same.
+
+    What such an interval covers: how much the estimate would change had other units of the same
+    population been observed. The rows asked about are held fixed. What it does not cover:
+    confounders that were not measured, covariates that the treatment changed, and a population
+    unlike everything in the prior of the checkpoint. It is about a mean, never about one
+    individual. With fewer than about ten rows in an arm it is rough.
+    """
+
+    def effect(self, X: Data | None = None, T0: Data = 0, T1: Data = 1) -> NDArray[np.float64]:
+        """E[y | do(T1), x] - E[y | do(T0), x] of every row: the mean effect in units like it.
+
+        Args:
+            X: (M, F) covariates; None means the fitted rows.
+            T0: treatment of the comparison, 0 or 1, one for all rows or (M,).
+            T1: treatment of interest, likewise.
+
+        Returns:
+            (M,), in the units of y; a difference of probabilities for a 0/1 outcome.
+
+        Raises:
+            TableError: X, T0 or T1 do not fit the fitted table.
+        """
+        x = self._read_rows(X)
+        direction = _direction(T0, T1, len(x))
+        # A row that is compared with itself or backwards needs no answer of its own.
+        return direction * self._member_effects(x).mean(axis=0)
+
+    def effect_interval(
+        self, X: Data | None = None, T0: Data = 0, T1: Data = 1, *, alpha: float = 0.05
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """An interval for `effect` of every row; the class says what it covers.
+
+        It is about the mean effect in units like this one. An individual's effect spreads more
+        widely, and by how much the data cannot tell: see `individual_effect_interval`.
+
+        Args:
+            X: (M, F) covariates; None means the fitted rows.
+            T0: treatment of the comparison, 0 or 1, one for all rows or (M,).
+            T1: treatment of interest, likewise.
+            alpha: one minus the confidence level, for each row on its own.
+
+        Returns:
+            Lower and upper ends, (M,) each, in the units of y.
+
+        Raises:
+            TableError: X, T0 or T1 do not fit the fitted table, or an arm of it has a single row.
+            ValueError: alpha is outside (0, 1).
+        """
+        reach = reach_of(alpha)
+        x = self._read_rows(X)
+        direction = _direction(T0, T1, len(x))
+        estimate = direction * self._member_effects(x).mean(axis=0)
+        effects, factor = self._resampled_effects(x)
+        error = np.abs(direction) * np.sqrt(factor) * effects.std(axis=0, ddof=1)
+        return estimate - reach * error, estimate + reach * error
+
+    def cate(self, X: Data | None = None) -> NDArray[np.float64]:
+        """Conditional average treatment effect E[y | do(1), x] - E[y | do(0), x]: `effect(X)`.
+
+        Args:
+            X: (M, F) covariates; None means the fitted rows.
+
+        Returns:
+            (M,), in the units of y.
+
+        Raises:
+            TableError: X does not fit the fitted table.
+        """
+        return self.effect(X)
+
+    def cate_interval(
+        self, X: Data | None = None, *, alpha: float = 0.05
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """An interval for `cate` of every row: `effect_interval(X, alpha=alpha)`."""
+        return self.effect_interval(X, alpha=alpha)
+
+    def individual_effect_interval(
+        self, X: Data | None = None, *, alpha: float = 0.05
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Bounds that hold a unit's own effect y(1) - y(0) with probability 1 - alpha or more.
+
+        No data show both outcomes of a unit, so the two distributions that the model gives do not
+        determine how their difference is spread. These are the tightest bounds on its quantiles
+        alpha / 2 and 1 - alpha / 2 that hold however the two outcomes depend on each other
+        (Makarov, 1981; Fan and Park, 2010). They are valid as far as the model's two distributions
+        are, and usually wide: that is what the data allow to be said.
+
+        Args:
+            X: (M, F) covariates; None means the fitted rows.
+            alpha: one minus the probability.
+
+        Returns:
+            Lower and upper ends, (M,) each, in the units of y.
+
+        Raises:
+            TableError: X does not fit the fitted table.
+            ValueError: alpha is outside (0, 1).
+        """
+        reach_of(alpha)
+        x = self._read_rows(X)
+        if self.schema_.binary_outcome:
+            return self._binary_effect_interval(x, alpha)
+        low = alpha / 2 * (np.arange(_LEVELS, dtype=np.float32) + 0.5) / _LEVELS
+        levels = np.concatenate([low, 1 - alpha / 2 + low])
+
+        control, treated = (
+            self._answer(x, np.full(len(x), arm, np.float32), "quantiles", levels) for arm in (0, 1)
+        )
+        lower = (treated[:, :_LEVELS] - control[:, _LEVELS:]).max(axis=1)
+        upper = (treated[:, _LEVELS:] - control[:, :_LEVELS]).min(axis=1)
+        scale = self.schema_.outcome.scale
+        return scale * lower, scale * upper
+
+    @overload
+    def ate(self, X: Data | None = None, *, by: None = None) -> float: ...
+    @overload
+    def ate(self, X: Data | None = None, *, by: By) -> pd.Series: ...
+    def ate(self, X: Data | None = None, *, by: By | None = None) -> float | pd.Series:
+        """Average treatment effect: the mean of `cate` over the rows of X, or over subgroups.
+
+        Args:
+            X: (M, F) covariates; None means the fitted rows.
+            by: subgroups: the name of a covariate (in an array its position), or (M,) labels, for
+                example a mask or the result of `pandas.cut`.
+
+        Returns:
+            In the units of y: a number, or with `by` a series with one per subgroup.
+
+        Raises:
+            TableError: X or `by` do not fit the fitted table, or X has no rows.
+        """
+        x = self._read_rows(X)
+        if by is None:
+            return self._average(x)
+        groups = group_rows(by, x, self.schema_)
+        effects = self._member_effects(x).mean(axis=0)
+        averages = [effects[rows].mean() for rows in groups.values()]
+        return pd.Series(averages, index=_index(groups, by), name="ate", dtype=float)
+
+    @overload
+    def ate_interval(
+        self, X: Data | None = None, *, alpha: float = 0.05, by: None = None
+    ) -> tuple[float, float]: ...
+    @overload
+    def ate_interval(
+        self, X: Data | None = None, *, alpha: float = 0.05, by: By
+    ) -> pd.DataFrame: ...
+    def ate_interval(
+        self, X: Data | None = None, *, alpha: float = 0.05, by: By | None = None
+    ) -> tuple[float, float] | pd.DataFrame:
+        """An interval for `ate`; the class says what it covers.
+
+        Of more than 1,024 rows to average over, so many random ones give the standard error, which
+        hardly changes it.
+
+        Args:
+            X: (M, F) covariates; None means the fitted rows.
+            by: subgroups, as for `ate`.
+            alpha: one minus the confidence level, for each subgroup on its own.
+
+        Returns:
+            The lower and the upper end, in the units of y; with `by` a frame with columns lower and
+            upper and a row per subgroup.
+
+        Raises:
+            TableError: X or `by` do not fit the fitted table, X has no rows, or an arm of the
+                fitted table has only one row.
+            ValueError: alpha is outside (0, 1).
+        """
+        reach = reach_of(alpha)
+        x = self._read_rows(X)
+        if by is None:
+            return self._interval_of_average(x, alpha)
+        groups = group_rows(by, x, self.schema_)
+        effects = self._member_effects(x).mean(axis=0)
+        estimates = np.array([effects[rows].mean() for rows in groups.values()])
+        errors = reach * self._errors_of_averages(x, list(groups.values()))
+        ends = {"lower": estimates - errors, "upper": estimates + errors}
+        return pd.DataFrame(ends, index=_index(groups, by))
+
+    def att(self) -> float:
+        """Average effect in the treated: the mean of `cate` over the fitted rows with t = 1."""
+        return self._average(self._arm(1))
+
+    def att_interval(self, *, alpha: float = 0.05) -> tuple[float, float]:
+        """An interval for `att`; arguments, answer and errors as for `ate_interval`."""
+        return self._interval_of_average(self._arm(1), alpha)
+
+    def atc(self) -> float:
+        """Average effect in the controls: the mean of `cate` over the fitted rows with t = 0."""
+        return self._average(self._arm(0))
+
+    def atc_interval(self, *, alpha: float = 0.05) -> tuple[float, float]:
+        """An interval for `atc`; arguments, answer and errors as for `ate_interval`."""
+        return self._interval_of_average(self._arm(0), alpha)
+
+    def _arm(self, arm: int) -> NDArray[np.float32]:
+        """Standardised covariates of the fitted rows of an arm."""
+        return self._read_rows(None)[self.table_.t == arm]
+
+    def _average(self, x: NDArray[np.float32]) -> float:
+        if not len(x):
+            raise TableError("X has no rows to average over.")
+        return float(self._member_effects(x).mean())
+
+    def _interval_of_average(self, x: NDArray[np.float32], alpha: float) -> tuple[float, float]:
+        reach, estimate = reach_of(alpha), self._average(x)
+        (error,) = self._errors_of_averages(x, [np.arange(len(x))])
+        return estimate - reach * float(error), estimate + reach * float(error)
+
+    def _errors_of_averages(
+        self, x: NDArray[np.float32], groups: list[NDArray[np.intp]]
+    ) -> NDArray[np.float64]:
+        """Standard errors of average effects over groups of rows, (G,)."""
+        generator = np.random.default_rng(self.random_state)
+        parts = [generator.permutation(rows)[:INTERVAL_ROWS] for rows in groups]
+        rows = np.unique(np.concatenate(parts))
+        effects, factor = self._resampled_effects(x[rows])
+        averages = [effects[:, np.searchsorted(rows, part)].mean(axis=1) for part in parts]
+        return np.sqrt(factor) * np.std(averages, axis=1, ddof=1)
+
+    def _binary_effect_interval(
+        self, x: NDArray[np.float32], alpha: float
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Bounds on the quantiles of a difference of two outcomes that are 0 or 1.
+
+        P(y(1) - y(0) = -1) is at most min(P(y(0) = 1), P(y(1) = 0)), and likewise for 1.
+        """
+        contexts = self._contexts
+        p0, p1 = (
+            self.schema_.outcome.restore(
+                self._means(x, np.full(len(x), arm, np.float32), contexts).mean(axis=0)
+            )
+            for arm in (0, 1)
+        )
+        harmed_at_most, helped_at_most = np.minimum(p0, 1 - p1), np.minimum(p1, 1 - p0)
+        helped_at_least, harmed_at_least = np.maximum(p1 - p0, 0), np.maximum(p0 - p1, 0)
+        tail = alpha / 2
+        lower = np.where(harmed_at_most > tail, -1.0, np.where(helped_at_least >= 1 - tail, 1, 0))
+        upper = np.where(helped_at_most > tail, 1.0, np.where(harmed_at_least >= 1 - tail, -1, 0))
+        return lower, upper
+
+
+def group_rows(by: By, x: NDArray[np.float32], schema: Schema) -> dict[object, NDArray[np.intp]]:
+    """Indices of the rows of each subgroup, in the order of the labels.
+
+    Raises:
+        TableError: an unknown column, labels of another length, too many subgroups, or no rows.
+    """
+    if isinstance(by, str | int):
+        known = [column.name for column in schema.columns]
+        if by not in known:
+            raise TableError(f"by is {by!r}, but the covariates are {known}; or pass labels.")
+        position = known.index(by)
+        labels = pd.Series(schema.columns[position].decode(x[:, position])).infer_objects()
+    else:
+        labels = pd.Series(by if isinstance(by, pd.Series | pd.Categorical) else np.asarray(by))
+    if len(labels) != len(x):
+        raise TableError(f"by has {len(labels)} labels, but there are {len(x)} rows.")
+    if not len(x):
+        raise TableError("X has no rows to average over.")
+    codes, distinct = pd.factorize(labels, sort=True, use_na_sentinel=False)
+    if len(distinct) > _MOST_GROUPS:
+        raise TableError(
+            f"by has {len(distinct)} different values, more than {_MOST_GROUPS} subgroups: bin "
+            "them, for example with pandas.cut(values, 5)."
+        )
+    return {label: np.flatnonzero(codes == code) for code, label in enumerate(distinct)}
+
+
+def _index(groups: dict[object, NDArray[np.intp]], by: By) -> pd.Index:
+    name = by if isinstance(by, str | int) else getattr(by, "name", None)
+    return pd.Index(list(groups), name=name)
+
+
+def _direction(T0: Data, T1: Data, rows: int) -> NDArray[np.float64]:
+    """T1 - T0 of every row: 1, 0 or -1."""
+    ends = []
+    for name, values in (("T0", T0), ("T1", T1)):
+        treatment = read_treatment(np.atleast_1d(values) if np.ndim(values) == 0 else values)
+        if np.ndim(values) != 0 and len(treatment) != rows:
+            raise TableError(f"{name} has {len(treatment)} values, but X has {rows} rows.")
+        ends.append(np.broadcast_to(treatment, (rows,)).astype(np.float64))
+    return ends[1] - ends[0]
+
+
+def reach_of(alpha: float) -> float:
+    """The normal quantile of 1 - alpha / 2."""
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha is {alpha!r}, but must lie between 0 and 1.")
+    return NormalDist().inv_cdf(1 - alpha / 2)

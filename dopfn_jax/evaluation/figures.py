@@ -1,0 +1,358 @@
+"""Figures, all drawn from the saved table of scores (`report.read_scores`)."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from dopfn_jax.evaluation.methods import find_method
+from dopfn_jax.evaluation.metrics import LEVELS, median_interval, rank_methods
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LABELS = {
+    "cid": "CID error (normalised MSE)",
+    "cate": "CATE error (normalised MSE)",
+    "pehe_relative": "PEHE / range of y",
+}
+_STUDIES = ("generated", "released")
+_BINS = 6
+
+
+def draw_all(scores: pd.DataFrame, folder: Path) -> list[Path]:
+    """Writes every figure that the scores allow as <name>.png; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, draw in FIGURES.items():
+        figure = draw(scores)
+        if figure is None:
+            continue
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=110, bbox_inches="tight", metadata={"Software": None})
+    return paths
+
+
+def case_study_bars(scores: pd.DataFrame, metric: str) -> "Figure | None":
+    """Median error of every method in every case study, with bootstrap 95 % intervals."""
+    table = _studies(scores, metric)
+    if table.empty:
+        return None
+    methods, cases = _methods(table), sorted(table.case.unique())
+    figure, axes = _axes(1.1 * len(cases) + 3, 4)
+    width = 0.8 / len(methods)
+    for index, method in enumerate(methods):
+        for place, case in enumerate(cases):
+            values = table[(table.method == method) & (table.case == case)][metric].to_numpy()
+            if not len(values):
+                continue
+            low, high = median_interval(values)
+            x = place + (index - (len(methods) - 1) / 2) * width
+            label = method if place == 0 else None
+            axes.bar(x, np.median(values), width, color=_colour(index), label=label)
+            axes.plot([x, x], [low, high], color="black", linewidth=0.8)
+    axes.set_xticks(range(len(cases)), [case.replace("_", "\n") for case in cases], fontsize=8)
+    axes.set(yscale="log", ylabel=LABELS[metric])
+    _legend(axes)
+    return figure
+
+
+def critical_difference(scores: pd.DataFrame, metric: str) -> "Figure | None":
+    """Average ranks over all case-study datasets; bars join what Nemenyi's test cannot tell.
+
+    None without the package autorank, of the extra `evaluation`.
+    """
+    if importlib.util.find_spec("autorank") is None:
+        return None
+    from autorank import plot_stats
+
+    table = _studies(scores, metric)
+    table = table[~table.method.map(_sees_truth)]
+    if table.empty:
+        return None
+    wide = table.pivot_table(index=["suite", "case", "dataset"], columns="method", values=metric)
+    wide = wide.loc[:, wide.notna().mean() > 0.8]  # else few datasets would be complete
+    try:
+        result = rank_methods(wide)
+    except ValueError:
+        return None
+    figure, axes = _axes(7, 3)
+    plot_stats(result, ax=axes, allow_insignificant=True)
+    axes.set_title(f"Average rank by {LABELS[metric]}, {len(wide.dropna())} datasets", fontsize=9)
+    return figure
+
+
+def picp_curves(scores: pd.DataFrame) -> "Figure | None":
+    """Share of outcomes inside the central intervals, against the intervals' level."""
+    columns = [f"picp_{level:g}" for level in LEVELS]
+    if not set(columns) <= set(scores) or (table := scores.dropna(subset=columns)).empty:
+        return None
+    figure, axes = _axes(5, 4)
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
+    for index, ((suite, method), group) in enumerate(table.groupby(["suite", "method"])):
+        axes.plot(
+            LEVELS,
+            group[columns].mean(),
+            marker=".",
+            color=_colour(index),
+            label=f"{method}, {suite}",
+        )
+    axes.set(xlabel="level of the central interval", ylabel="share of outcomes inside")
+    _legend(axes)
+    return figure
+
+
+def effects_scatter(scores: pd.DataFrame) -> "Figure | None":
+    """Estimated against true average effect of every dataset, over the outcome's range."""
+    if "ate_true" not in scores:
+        return None
+    table = scores.dropna(subset=["ate", "ate_true"])
+    table = table[table.suite.isin(_STUDIES) & ~table.method.map(_sees_truth)]
+    methods = [name for name in _methods(table) if name not in ("mean", "zero")][:6]
+    if not methods:
+        return None
+    columns = min(3, len(methods))
+    rows = -(-len(methods) // columns)
+    figure = _figure(3 * columns, 3 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for index, axes in enumerate(grid.flat):
+        axes.set_visible(index < len(methods))
+        if index < len(methods):
+            own = table[table.method == methods[index]]
+            axes.plot([-1, 1], [-1, 1], color="grey", linestyle=":")
+            axes.scatter(own.ate_true / own.spread, own.ate / own.spread, s=6, alpha=0.5)
+            axes.set_title(methods[index], fontsize=9)
+            axes.set(xlim=(-1, 1), ylim=(-1, 1))
+    figure.supxlabel("true average effect / range of y", fontsize=9)
+    figure.supylabel("estimated", fontsize=9)
+    return figure
+
+
+def error_by_rows(scores: pd.DataFrame) -> "Figure | None":
+    """Median errors against the number of context rows."""
+    return _lines(scores[scores.suite == "rows"], "fact_rows", "context rows", None, "log")
+
+
+def error_by_nodes(scores: pd.DataFrame) -> "Figure | None":
+    """Median errors against the number of nodes of random graphs."""
+    return _lines(scores[scores.suite == "graphs"], "fact_nodes", "nodes", None, "linear")
+
+
+def error_by_edges(scores: pd.DataFrame) -> "Figure | None":
+    """Median errors against the number of edges of random graphs."""
+    return _lines(scores[scores.suite == "graphs"], "fact_edges", "edges", _BINS, "linear")
+
+
+def error_by_effect_size(scores: pd.DataFrame) -> "Figure | None":
+    """Median errors against the size of the average effect (paper, Figure 7)."""
+    table = scores[scores.suite.isin(("generated", "graphs"))]
+    return _lines(table, "fact_effect_size", "|ATE| / range of y", _BINS, "linear")
+
+
+def noise_and_rows(scores: pd.DataFrame) -> "Figure | None":
+    """Median CID error by noise level (six quantiles) and rows (paper, Figure 11)."""
+    if "cid" not in scores or "fact_noise" not in scores:
+        return None
+    table = scores[(scores.suite == "rows") & scores.method.str.startswith("dopfn")]
+    table = table.dropna(subset=["cid", "fact_noise"])
+    if table.fact_noise.nunique() < 2:
+        return None
+    noise = pd.qcut(table.fact_noise, _BINS, duplicates="drop").map(lambda bin: bin.mid)
+    wide = table.assign(noise=noise.astype(float)).pivot_table(
+        index="noise", columns="fact_rows", values="cid", aggfunc="median"
+    )
+    figure, axes = _axes(6, 3.5)
+    image = axes.imshow(np.log10(wide), aspect="auto", origin="lower", cmap="viridis")
+    axes.set_xticks(range(wide.shape[1]), [f"{rows:g}" for rows in wide.columns])
+    axes.set_yticks(range(wide.shape[0]), [f"{level:.2g}" for level in wide.index])
+    axes.set(xlabel="context rows", ylabel="standard deviation of the noise")
+    figure.colorbar(image, label="log10 of the CID error")
+    return figure
+
+
+def bias_by_arm(scores: pd.DataFrame) -> "Figure | None":
+    """Mean of prediction minus outcome under do(0) and do(1) (paper, Figure 19)."""
+    if "bias_0" not in scores:
+        return None
+    table = scores[scores.suite.isin(_STUDIES)].dropna(subset=["bias_0", "bias_1"])
+    if table.empty:
+        return None
+    methods = _methods(table)
+    figure, axes = _axes(0.7 * len(methods) + 2, 3.5)
+    for arm in (0, 1):
+        values = [table[table.method == name][f"bias_{arm}"].to_numpy() for name in methods]
+        axes.boxplot(
+            values,
+            positions=np.arange(len(methods)) + 0.4 * arm - 0.2,
+            widths=0.35,
+            showfliers=False,
+            patch_artist=True,
+            boxprops={"facecolor": _colour(arm)},
+            label=f"do({arm})",
+        )
+    axes.axhline(0, color="grey", linestyle=":")
+    axes.set_xticks(range(len(methods)), methods, rotation=45, ha="right", fontsize=8)
+    axes.set_ylabel("bias / range of y")
+    _legend(axes)
+    return figure
+
+
+def uncertainty_by_case(scores: pd.DataFrame) -> "Figure | None":
+    """Entropy and cross-entropy; both should rise where no effect is identified (Figure 17)."""
+    if "entropy" not in scores:
+        return None
+    table = scores[scores.suite.isin(_STUDIES)].dropna(subset=["entropy", "nll"])
+    if table.empty:
+        return None
+    medians = table.groupby("case")[["entropy", "nll"]].median().sort_values("entropy")
+    figure, axes = _axes(6, 3.5)
+    for index, column in enumerate(medians):
+        axes.barh(np.arange(len(medians)) + 0.4 * index, medians[column], 0.38, label=column)
+    axes.set_yticks(np.arange(len(medians)) + 0.2, medians.index, fontsize=8)
+    axes.set_xlabel("nats, outcome over its range (median over datasets)")
+    _legend(axes)
+    return figure
+
+
+def assumptions(scores: pd.DataFrame) -> "Figure | None":
+    """CID error on random graphs by what is hidden (paper, Figure 6)."""
+    if "fact_hidden" not in scores:
+        return None
+    table = scores[scores.suite == "graphs"].dropna(subset=["cid"])
+    if table.empty:
+        return None
+    groups = {
+        "nothing hidden": table.fact_hidden == 0,
+        "hidden, no\nconfounder": (table.fact_hidden > 0) & (table.fact_confounded == 0),
+        "hidden\nconfounder": table.fact_confounded == 1,
+    }
+    methods = _methods(table)
+    figure, axes = _axes(6, 3.5)
+    for index, method in enumerate(methods):
+        for place, rows in enumerate(groups.values()):
+            values = table[rows & (table.method == method)].cid.to_numpy()
+            if not len(values):
+                continue
+            x = place + (index - (len(methods) - 1) / 2) * 0.8 / len(methods)
+            low, high = median_interval(values)
+            axes.plot([x, x], [low, high], color=_colour(index), linewidth=1)
+            label = method if place == 0 else None
+            axes.plot(x, np.median(values), "o", markersize=4, color=_colour(index), label=label)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set(yscale="log", ylabel=LABELS["cid"])
+    _legend(axes)
+    return figure
+
+
+def observational_and_interventional(scores: pd.DataFrame) -> "Figure | None":
+    """Error on the units' own treatment beside that on a set one (paper, Figure 14)."""
+    if "observational" not in scores:
+        return None
+    table = scores[scores.suite.isin(_STUDIES) & ~scores.method.map(_sees_truth)]
+    medians = table.groupby("method")[["observational", "cid"]].median().dropna()
+    if medians.empty:
+        return None
+    figure, axes = _axes(4.5, 4)
+    for index, (method, row) in enumerate(medians.iterrows()):
+        axes.plot(row.observational, row.cid, "o", color=_colour(index), label=method)
+    reach = [0.8 * medians.to_numpy().min(), 1.25 * medians.to_numpy().max()]
+    axes.plot(reach, reach, color="grey", linestyle=":")
+    axes.set(xscale="log", yscale="log", ylabel=LABELS["cid"])
+    axes.set_xlabel("error of observational prediction (normalised MSE)")
+    _legend(axes)
+    return figure
+
+
+def _lines(
+    table: pd.DataFrame, column: str, label: str, bins: int | None, scale: str
+) -> "Figure | None":
+    """Medians with intervals of both tasks against a fact, in quantile bins if asked for."""
+    metrics = [name for name in ("cid", "cate") if name in table]
+    if column not in table or not metrics or table[column].nunique() < 2:
+        return None
+    if bins:
+        cut = pd.qcut(table[column], bins, duplicates="drop")
+        place = table.groupby(cut, observed=True)[column].transform("median")
+    else:
+        place = table[column]
+    table = table.assign(place=place)
+    figure = _figure(4.5 * len(metrics), 3.5)
+    grid = figure.subplots(1, len(metrics), squeeze=False)
+    for metric, axes in zip(metrics, grid.flat, strict=True):
+        for index, method in enumerate(_methods(table)):
+            groups = table[table.method == method].dropna(subset=[metric]).groupby("place")[metric]
+            if not len(groups):
+                continue
+            medians = groups.median()
+            intervals = np.array([median_interval(values.to_numpy()) for _, values in groups])
+            axes.plot(medians.index, medians, marker=".", color=_colour(index), label=method)
+            axes.fill_between(medians.index, *intervals.T, color=_colour(index), alpha=0.15)
+        axes.set(xscale=scale, yscale="log", xlabel=label, ylabel=LABELS[metric])
+    _legend(grid.flat[-1])
+    figure.tight_layout()
+    return figure
+
+
+def _studies(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Case-study scores that have the metric; the generated ones, else the released."""
+    if metric not in scores:
+        return scores.iloc[:0]
+    table = scores.dropna(subset=[metric])
+    own = table[table.suite == "generated"]
+    return own if len(own) else table[table.suite == "released"]
+
+
+def _methods(table: pd.DataFrame) -> list[str]:
+    """Ours first, then competitors, then those that see the truth."""
+    names = table.method.unique()
+    return sorted(names, key=lambda name: (_sees_truth(name), not name.startswith("dopfn"), name))
+
+
+def _sees_truth(name: str) -> bool:
+    return not name.startswith("dopfn") and find_method(name).sees_truth
+
+
+def _figure(width: float, height: float) -> "Figure":
+    # Without pyplot there is no global state, and no display is looked for.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
+def _axes(width: float, height: float) -> tuple["Figure", "Axes"]:
+    figure = _figure(width, height)
+    return figure, figure.subplots()
+
+
+def _colour(index: int) -> tuple[float, ...]:
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](index % 20)
+
+
+def _legend(axes: "Axes") -> None:
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+Draw = Callable[[pd.DataFrame], "Figure | None"]
+FIGURES: dict[str, Draw] = {
+    "cid_by_case": lambda scores: case_study_bars(scores, "cid"),
+    "cate_by_case": lambda scores: case_study_bars(scores, "cate"),
+    "ranks_cid": lambda scores: critical_difference(scores, "cid"),
+    "ranks_cate": lambda scores: critical_difference(scores, "cate"),
+    "coverage": picp_curves,
+    "effects": effects_scatter,
+    "rows": error_by_rows,
+    "nodes": error_by_nodes,
+    "edges": error_by_edges,
+    "effect_size": error_by_effect_size,
+    "noise_and_rows": noise_and_rows,
+    "bias": bias_by_arm,
+    "uncertainty": uncertainty_by_case,
+    "assumptions": assumptions,
+    "observational": observational_and_interventional,
+}

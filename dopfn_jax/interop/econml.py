@@ -1,0 +1,107 @@
+"""Do-PFN where EconML takes a CATE estimator: RScorer, DRTester, its ensembles.
+
+Works without EconML, too; the extra "econml" installs it.
+
+Axes: N rows of the fitted table, M query rows, F covariates.
+"""
+
+import contextlib
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
+
+from dopfn_jax.estimators import DoPFNRegressor
+from dopfn_jax.tables import Data, TableError
+
+
+class DoPFNCateEstimator(BaseEstimator):
+    """An EconML estimator that asks a `DoPFNRegressor`.
+
+    EconML tells effect modifiers X from controls W. Do-PFN conditions on both, so `fit` takes them
+    side by side, and without W at query time every query row is asked about with its W missing:
+    fit with X alone, where effects are to be compared with those of other estimators.
+
+    Args:
+        model: the regressor; its settings count, and fitting fits a copy of it.
+
+    Attributes:
+        model_: the fitted copy.
+    """
+
+    def __init__(self, model: DoPFNRegressor | None = None):
+        self.model = model
+
+    def fit(
+        self, Y: Data, T: Data, X: Data | None = None, W: Data | None = None, **options: Any
+    ) -> Self:
+        """Reads a table.
+
+        Args:
+            Y: (N,) outcome.
+            T: (N,) treatment, 0 or 1.
+            X: (N, F) covariates that effects may vary with.
+            W: (N, F') further covariates.
+            **options: EconML passes `inference` and `cache_values`, which change nothing here.
+
+        Raises:
+            TableError: an option that would be ignored, or a table that cannot be used.
+        """
+        unknown = options.keys() - {"inference", "cache_values"}
+        if unknown:
+            raise TableError(f"fit cannot use {', '.join(sorted(unknown))}: leave it out.")
+        model = DoPFNRegressor() if self.model is None else self.model
+        self.controls_ = 0 if W is None else np.shape(W)[1]
+        self.model_ = DoPFNRegressor(**model.get_params(deep=False)).fit(_beside(X, W), T, Y)
+        return self
+
+    def effect(self, X: Data | None = None, *, T0: Data = 0, T1: Data = 1) -> NDArray[np.float64]:
+        """E[y | do(T1), x] - E[y | do(T0), x] of every row, (M,)."""
+        return self.model_.effect(self._query(X), T0, T1)
+
+    def marginal_effect(self, T: Data, X: Data | None = None) -> NDArray[np.float64]:
+        """`const_marginal_effect`: a binary treatment has one step to take."""
+        return self.const_marginal_effect(X)
+
+    def const_marginal_effect(self, X: Data | None = None) -> NDArray[np.float64]:
+        """The effect of treatment 1 against 0, (M, 1, 1): rows, outcomes, treatments."""
+        return self.effect(X).reshape(-1, 1, 1)
+
+    def effect_interval(
+        self, X: Data | None = None, *, T0: Data = 0, T1: Data = 1, alpha: float = 0.05
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """`DoPFNRegressor.effect_interval`."""
+        return self.model_.effect_interval(self._query(X), T0, T1, alpha=alpha)
+
+    def ate(self, X: Data | None = None, *, T0: Data = 0, T1: Data = 1) -> float:
+        """The mean of `effect` over the rows of X."""
+        return float(self.effect(X, T0=T0, T1=T1).mean())
+
+    def _query(self, X: Data | None) -> Data | None:
+        if not self.controls_ or X is None:
+            return X
+        return _beside(X, np.full((np.shape(X)[0], self.controls_), np.nan))
+
+
+def _beside(X: Data | None, W: Data | None) -> Data | None:
+    """X and W as one table."""
+    if X is None or W is None:
+        return W if X is None else X
+    frames = [
+        part.set_axis([f"{name} {column}" for column in part.columns], axis=1)
+        for name, part in (("X", _frame(X)), ("W", _frame(W)))
+    ]
+    return pd.concat([frame.reset_index(drop=True) for frame in frames], axis=1)
+
+
+def _frame(values: Data) -> pd.DataFrame:
+    return values if isinstance(values, pd.DataFrame) else pd.DataFrame(np.asarray(values))
+
+
+# EconML's ensembles ask for an instance; nothing of its base class is needed.
+with contextlib.suppress(ImportError):
+    from econml._cate_estimator import BaseCateEstimator
+
+    BaseCateEstimator.register(DoPFNCateEstimator)

@@ -1,0 +1,59 @@
+"""Model FLOPs: the arithmetic that a training step needs, and what a device can do of it."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dopfn_jax.config import Config, TableShape
+
+
+def model_flops(config: Config, shape: TableShape) -> float:
+    """FLOPs of the matrix products of one training step on a batch of this shape.
+
+    Forward, and twice that backward. Rows that exist, at the mean context size: padding and
+    recomputation (`remat`) are no work that the model needs, so they do not count. Embeddings,
+    norms and softmax are left out; they are below a few per cent.
+    """
+    model = config.model
+    width, group = model.width, model.features_per_token
+    covariates = shape.covariates[1] if shape.wide else config.prior.covariates
+    context = sum(shape.context) / 2
+    query = shape.rows - context
+    tokens = -(-covariates // group) + 2 if group else 1  # of a row
+    linear = 2 * width**2  # a square matrix, one token
+    mlp = 2 * model.mlp_ratio * linear
+    # Queries have no keys and values that anybody reads.
+    rows = context * (4 * linear + mlp) + query * (2 * linear + mlp)
+    reading = (context + query) * 4 * context * width
+    mixing = (context + query) * (4 * linear + 4 * tokens * width) if group else 0.0
+    head = query * (2 * linear + 4 * width * model.buckets)
+    return 3 * shape.tasks * (model.layers * tokens * (rows + reading + mixing) + head)
+
+
+def measured_peak(config: Config, mesh: Mesh) -> float:
+    """FLOP/s of a large matrix product on all devices of the mesh, in the model's arithmetic.
+
+    Simulated devices share one processor, which counts once.
+    """
+    device = mesh.local_devices[0]
+    on_cpu = device.platform == "cpu"
+    size, products = (1024, 4) if on_cpu else (8192, 16)
+    dtype = jnp.dtype(config.model.compute_dtype)
+
+    @jax.jit
+    def multiply(a: jax.Array) -> jax.Array:
+        for _ in range(products):
+            a = a @ a
+        return a
+
+    matrix = jax.device_put(jnp.full((size, size), 1 / size, dtype), device)
+    multiply(matrix).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply(matrix).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    devices = 1 if on_cpu else mesh.size
+    return devices * products * 2 * size**3 / min(seconds)

@@ -1,0 +1,440 @@
+"""A task of the wide prior: a table like those of ordinary observational studies.
+
+Pre-treatment nodes come in layers of a random graph. Some of them decide the treatment, some the
+outcome, some both (confounders), some the size of the effect, some neither. Nodes after the
+treatment (mediators, and descendants of the outcome) may be shown as well; query rows show them as
+they were observed. Nodes that are not shown are hidden.
+
+Axes: K pre-treatment nodes, P post-treatment nodes, J indices of a mechanism, R rows, F columns.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import ndtri
+
+from dopfn_jax.config import WidePriorConfig
+from dopfn_jax.prior import LARGEST_VALUE, Task, mask_degenerate, uniform_draws
+from dopfn_jax.scm import sample_noise
+from dopfn_jax.scm.noise import NOISE_FAMILIES
+from dopfn_jax.wide.assignments import ASSIGNMENTS
+from dopfn_jax.wide.columns import COLUMN_KINDS, OUTCOME_KINDS
+from dopfn_jax.wide.effects import EFFECTS, LINKS
+from dopfn_jax.wide.graphs import GRAPHS
+from dopfn_jax.wide.mechanisms import INDICES, MECHANISMS
+from dopfn_jax.wide.registry import apply, pick
+
+LAYERS = 4
+# Terms of the outcome's baseline; a task uses one or more of them.
+TERMS = 6
+
+Draws = dict[str, jax.Array]
+
+
+def sample_wide_tasks(
+    keys: jax.Array,
+    prior: WidePriorConfig,
+    rows: int,
+    context: tuple[int, int],
+    covariates: tuple[int, int],
+    potential_outcomes: bool = False,
+) -> Task:
+    """A batch of independent tasks: `sample_wide_task` over (B,) keys."""
+    return jax.vmap(
+        lambda key: sample_wide_task(key, prior, rows, context, covariates, potential_outcomes)
+    )(keys)
+
+
+def sample_wide_task(
+    key: jax.Array,
+    prior: WidePriorConfig,
+    rows: int,
+    context: tuple[int, int],
+    covariates: tuple[int, int],
+    potential_outcomes: bool = False,
+) -> Task:
+    """One task of the wide prior.
+
+    Args:
+        key: a PRNG key.
+        prior: the distribution to draw from.
+        rows: rows in all.
+        context: closed interval from which the number of context rows is drawn uniformly; the
+            others are queries.
+        covariates: closed interval from which the number of shown columns is drawn log-uniformly.
+        potential_outcomes: also return y(0) and y(1) of the query rows.
+
+    Returns:
+        A Task with N = context[1], M = rows - context[0] and F = covariates[1]; its covariates have
+        missing cells (NaN).
+    """
+    most, hidden, post = covariates[1], prior.max_hidden, prior.max_post_treatment
+    width = -(-(most + hidden) // LAYERS)
+    k = LAYERS * width
+    special = TERMS + 4 + post
+    noise_key, draw_key = jax.random.split(key)
+    draws = uniform_draws(
+        draw_key,
+        **dict.fromkeys(_TASK_DRAWS, ()),
+        hub=(k,),
+        active=(k,),
+        edges=(k + post, k),
+        kind=(k + post, 1),
+        kind_u=(k + post, 1),
+        kind_v=(k + post, 1),
+        noise_family=(k + post + 1,),
+        noise_share=(k + post, 1),
+        mechanism=(k + special, 1),
+        weights=(k + special, INDICES, k),
+        sparsity=(k + special, 1, 1),
+        coefficients=(k + special, INDICES, 1),
+        shifts=(k + special, INDICES, 1),
+        outcome_parents=(k,),
+        treatment_parents=(k,),
+        modifiers=(k,),
+        terms=(TERMS, 1),
+        post_effect=(post, 1),
+        post_weight=(post, 1),
+        post_role=(post, 1),
+        assignment_u=(rows,),
+        query_t=(rows,),
+        columns=(k + post,),
+        duplicate=(most,),
+        duplicate_of=(most,),
+        column_missing=(most, 1),
+        missing_rate=(most, 1),
+        missing=(most, rows),
+    )
+    noise_family = _ids(draws["noise_family"], prior.noise_families, NOISE_FAMILIES)
+    noise = sample_noise(
+        noise_key, noise_family, jnp.ones(noise_family.shape), rows, prior.noise_families
+    )
+
+    shown, hidden_nodes, post_nodes = _numbers(draws, prior, covariates)
+    active = _ranks(draws["active"]) < shown - post_nodes + hidden_nodes
+    post_active = jnp.arange(post)[:, None] < post_nodes
+
+    z = _pre_treatment(draws, prior, noise[:k], active)
+    parts = _special_mechanisms(draws, prior, z, active)
+    terms, (own_score, modifier, other_modifier, scale), post_base = jnp.split(
+        parts, [TERMS, TERMS + 4]
+    )
+    used = jnp.arange(TERMS)[:, None] <= jnp.floor(draws["term_count"] * TERMS)
+    baseline = _standardise((_signed(draws["terms"]) * used * terms).sum(axis=0))
+    t = _assign(draws, prior, own_score, baseline)
+
+    is_mediator = draws["post_role"] < 0.6
+    post_share = draws["noise_share"][k:]
+    post_untreated = jnp.sqrt(1.0 - post_share) * post_base + jnp.sqrt(post_share) * noise[k:-1]
+    post_effect = 2.0 * _signed(draws["post_effect"])
+    post_weight = _signed(draws["post_weight"]) * (is_mediator & post_active)
+    effect = apply(
+        EFFECTS,
+        prior.effects,
+        pick(draws["effect"], prior.effects),
+        _sign(draws["effect_sign"]) * _log_uniform(draws["effect_size"], prior.effect_size),
+        _standardise(modifier + draws["modifier_mix"] * other_modifier),
+        _log_uniform(draws["effect_spread"], (0.1, 3.0)),
+    )
+
+    def signal(t: jax.Array) -> jax.Array:
+        through_mediators = (post_weight * (post_untreated + post_effect * t[None])).sum(axis=0)
+        inner = baseline + effect * t + through_mediators
+        return apply(LINKS, prior.links, pick(draws["link"], prior.links), inner)
+
+    observed_signal = signal(t)
+    hetero = draws["hetero"] < prior.heteroscedastic_share
+    spread = jnp.exp(jnp.where(hetero, draws["hetero_size"], 0.0) * jnp.clip(scale, -3.0, 3.0))
+    noise_scale = _log_uniform(draws["noise_ratio"], prior.noise_ratio) * observed_signal.std()
+    disturbance = noise_scale * spread * noise[-1]
+    location = (observed_signal + disturbance).mean()
+    deviation = jnp.maximum((observed_signal + disturbance).std(), 1e-12)
+
+    def standardised_outcome(t: jax.Array) -> jax.Array:
+        return (signal(t) + disturbance - location) / deviation
+
+    def outcome(t: jax.Array) -> jax.Array:
+        return apply(
+            OUTCOME_KINDS,
+            prior.outcome_kinds,
+            pick(draws["outcome_kind"], prior.outcome_kinds),
+            standardised_outcome(t),
+            draws["outcome_u"],
+            draws["outcome_v"],
+        )
+
+    # A post-treatment node that is no mediator hears the outcome.
+    hears = jnp.where(is_mediator, 0.0, 2.0 * _signed(draws["post_weight"]))
+    post_observed = post_untreated + post_effect * t[None] + hears * standardised_outcome(t)[None]
+    post_draws = {name: draws[name][k:] for name in _NODE_DRAWS}
+    post_shown = _render(post_draws, prior, _standardise(post_observed))
+    pool = jnp.concatenate([z, post_shown])
+    candidates = jnp.concatenate([active, post_active[:, 0]])
+    x = _columns(draws, prior, pool, candidates, shown, most)
+
+    y = outcome(t)
+    low, high = context
+    query_t = (draws["query_t"] < 0.5).astype(jnp.float32)[low:]
+    arms = [outcome(jnp.zeros_like(t))[low:], outcome(jnp.ones_like(t))[low:]]
+    sane = (jnp.abs(pool) < LARGEST_VALUE).all()
+    for values in (y, *arms):
+        sane &= (jnp.abs(values) < LARGEST_VALUE).all()
+    context_rows = low + jnp.floor(draws["context_rows"] * (high - low + 1)).astype(jnp.int32)
+    return mask_degenerate(
+        Task(
+            context_x=x[:, :high].T,
+            context_t=t[:high],
+            context_y=y[:high],
+            context_mask=jnp.arange(high) < context_rows,
+            query_x=x[:, low:].T,
+            query_t=query_t,
+            query_y=jnp.where(query_t > 0.5, arms[1], arms[0]),
+            query_mask=jnp.arange(low, rows) >= context_rows,
+            covariate_mask=jnp.arange(most) < shown,
+            valid=sane,
+            y0=arms[0] if potential_outcomes else None,
+            y1=arms[1] if potential_outcomes else None,
+        )
+    )
+
+
+# Draws of which every node has its own: of pre- and post-treatment nodes, and of mechanisms.
+_NODE_DRAWS = ("edges", "kind", "kind_u", "kind_v", "noise_share")
+_MECHANISM_DRAWS = ("mechanism", "weights", "sparsity", "coefficients", "shifts")
+_TASK_DRAWS = (
+    "shown",
+    "has_hidden",
+    "hidden",
+    "has_post",
+    "post",
+    "graph",
+    "density",
+    "relevant",
+    "overlap",
+    "instruments",
+    "term_count",
+    "prognostic",
+    "prognostic_size",
+    "prognostic_sign",
+    "assignment",
+    "rate",
+    "steepness",
+    "effect",
+    "effect_size",
+    "effect_sign",
+    "effect_spread",
+    "modifier_mix",
+    "link",
+    "noise_ratio",
+    "hetero",
+    "hetero_size",
+    "outcome_kind",
+    "outcome_u",
+    "outcome_v",
+    "context_rows",
+    "has_duplicates",
+    "has_missing",
+)
+
+
+def _numbers(
+    draws: Draws, prior: WidePriorConfig, covariates: tuple[int, int]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """How many columns are shown, nodes are hidden, and nodes come after the treatment."""
+    low, high = covariates
+    shown = jnp.floor(_log_uniform(draws["shown"], (low, high + 1))).astype(jnp.int32)
+    shown = jnp.minimum(shown, high)
+
+    def number(has: jax.Array, share: float, draw: jax.Array, most: int) -> jax.Array:
+        return jnp.where(has < share, 1 + jnp.floor(draw * most), 0).astype(jnp.int32)
+
+    hidden = number(draws["has_hidden"], prior.hidden_share, draws["hidden"], prior.max_hidden)
+    post = number(
+        draws["has_post"], prior.post_treatment_share, draws["post"], prior.max_post_treatment
+    )
+    # At least one node comes before the treatment.
+    return shown, hidden, jnp.minimum(post, shown - 1)
+
+
+def _pre_treatment(
+    draws: Draws, prior: WidePriorConfig, noise: jax.Array, active: jax.Array
+) -> jax.Array:
+    """Values (K, R) of the nodes before the treatment, standardised."""
+    k, rows = noise.shape
+    width = k // LAYERS
+    density = _log_uniform(draws["density"], prior.density)
+    family = pick(draws["graph"], prior.graphs)
+    number = jnp.arange(k)
+
+    def by_layer(values: jax.Array) -> jax.Array:
+        return values[:k].reshape(LAYERS, width, *values.shape[1:])
+
+    def add_layer(
+        z: jax.Array, inputs: tuple[jax.Array, Draws, jax.Array]
+    ) -> tuple[jax.Array, None]:
+        layer, draws, noise = inputs
+        back = layer - number // width  # how many layers a node lies before this one
+        propensity = (active & (back > 0))[None] * apply(
+            GRAPHS, prior.graphs, family, hub, jnp.arange(width), number % width, back
+        )
+        total = jnp.maximum(propensity.sum(axis=1, keepdims=True), 1e-6)
+        edges = draws["edges"] < density * propensity / total
+        value = _mechanisms(draws, prior, edges, z)
+        share = jnp.where(edges.any(axis=1, keepdims=True), draws["noise_share"], 1.0)
+        value = jnp.sqrt(1.0 - share) * value + jnp.sqrt(share) * noise
+        value = _render(draws, prior, value)
+        return jax.lax.dynamic_update_slice_in_dim(z, value, layer * width, axis=0), None
+
+    hub = draws["hub"]
+    per_node = {name: by_layer(draws[name]) for name in (*_MECHANISM_DRAWS, *_NODE_DRAWS)}
+    inputs = (jnp.arange(LAYERS), per_node, by_layer(noise))
+    return jax.lax.scan(add_layer, jnp.zeros((k, rows)), inputs)[0]
+
+
+def _special_mechanisms(
+    draws: Draws, prior: WidePriorConfig, z: jax.Array, active: jax.Array
+) -> jax.Array:
+    """What outcome, treatment, effect, noise and post-treatment nodes make of the others.
+
+    Returns (TERMS + 4 + P, R): terms of the baseline, the treatment's score, two modifiers of the
+    effect, one of the noise, and post-treatment nodes; each standardised.
+    """
+    k = active.shape[0]
+    number = active.sum(dtype=jnp.float32)
+    # From one relevant node to all of them.
+    relevant = number ** draws["relevant"] / number
+    outcome = _at_least_one(draws["outcome_parents"], relevant, active)
+    # None, some or all of them confound.
+    overlap = jnp.clip(2.0 * draws["overlap"] - 0.5, 0.0, 1.0)
+    share = jnp.where(outcome, overlap, relevant * draws["instruments"])
+    treatment = _at_least_one(draws["treatment_parents"], share, active)
+    modifiers = _at_least_one(draws["modifiers"], jnp.where(outcome, 0.5, 0.05), active)
+    post = _at_least_one(draws["edges"][k:], relevant, active)
+    parents = jnp.concatenate(
+        [
+            jnp.broadcast_to(outcome, (TERMS, k)),
+            treatment[None],
+            jnp.broadcast_to(modifiers, (3, k)),
+            post,
+        ]
+    )
+    special = {name: draws[name][k:] for name in _MECHANISM_DRAWS}
+    return _mechanisms(special, prior, parents, z)
+
+
+def _mechanisms(
+    draws: Draws, prior: WidePriorConfig, edges: jax.Array, parents: jax.Array
+) -> jax.Array:
+    """N nodes as standardised functions of (K, R) parents by (N, K) edges, without noise.
+
+    `draws` holds _MECHANISM_DRAWS of these nodes.
+    """
+    weights = _signed(draws["weights"])
+    # High powers leave little but the largest: indices along one parent, for trees and sums.
+    power = jnp.where(draws["sparsity"] < 0.5, 1.0, 8.0)
+    weights = jnp.sign(weights) * jnp.abs(weights) ** power * edges[:, None, :]
+    norm = jnp.sqrt(jnp.square(weights).sum(axis=-1, keepdims=True))
+    indices = jnp.einsum("njp,pr->njr", weights / jnp.maximum(norm, 1e-12), parents)
+    result = apply(
+        MECHANISMS,
+        prior.mechanisms,
+        pick(draws["mechanism"], prior.mechanisms),
+        indices,
+        2.0 * _signed(draws["coefficients"]),
+        math.sqrt(3.0) * _signed(draws["shifts"]),
+    )
+    return _standardise(result)
+
+
+def _assign(
+    draws: Draws, prior: WidePriorConfig, own_score: jax.Array, baseline: jax.Array
+) -> jax.Array:
+    """The observed treatment (R,), 0 or 1."""
+    # In some tasks it follows the expected outcome itself: the strongest confounding there is.
+    follows = jnp.where(draws["prognostic"] < prior.prognostic_share, draws["prognostic_size"], 0.0)
+    direction = _sign(draws["prognostic_sign"])
+    score = _standardise((1.0 - follows) * own_score + follows * direction * baseline)
+    low, high = prior.treated_rate
+    rate = jnp.clip(jax.nn.sigmoid(1.3 * ndtri(draws["rate"])), low, high)
+    treated = apply(
+        ASSIGNMENTS,
+        prior.assignments,
+        pick(draws["assignment"], prior.assignments),
+        score,
+        draws["assignment_u"],
+        rate,
+        _log_uniform(draws["steepness"], prior.steepness),
+    )
+    return treated.astype(jnp.float32)
+
+
+def _render(draws: Draws, prior: WidePriorConfig, values: jax.Array) -> jax.Array:
+    """Nodes as they look in a table, standardised; `draws` holds _NODE_DRAWS of these nodes."""
+    return _standardise(
+        apply(
+            COLUMN_KINDS,
+            prior.column_kinds,
+            pick(draws["kind"], prior.column_kinds),
+            values,
+            draws["kind_u"],
+            draws["kind_v"],
+        )
+    )
+
+
+def _columns(
+    draws: Draws,
+    prior: WidePriorConfig,
+    pool: jax.Array,
+    candidates: jax.Array,
+    shown: jax.Array,
+    most: int,
+) -> jax.Array:
+    """Columns (F, R) shown of the (K + P, R) nodes, some twice, some cells missing (NaN)."""
+    columns = jnp.argsort(jnp.where(candidates, draws["columns"], 2.0))[:most]
+    doubles = (draws["has_duplicates"] < prior.duplicate_share) & (draws["duplicate"] < 0.15)
+    source = jnp.floor(draws["duplicate_of"] * shown).astype(jnp.int32)
+    columns = jnp.where(doubles, columns[source], columns)
+    x = jnp.where(jnp.arange(most)[:, None] < shown, pool[columns], 0.0)
+    # Half of the columns with gaps have them at random, half only where the value is high.
+    of_values = draws["column_missing"] < 0.25
+    rate = jnp.where(of_values, (x > 0.0) * draws["missing_rate"], 0.5 * draws["missing_rate"])
+    gaps = (draws["has_missing"] < prior.missing_share) & (draws["column_missing"] < 0.5)
+    return jnp.where(gaps & (draws["missing"] < rate), jnp.nan, x)
+
+
+def _at_least_one(draws: jax.Array, share: jax.Array, active: jax.Array) -> jax.Array:
+    """Each active node with probability `share`, and in any case the one with the lowest draw."""
+    active = jnp.broadcast_to(active, draws.shape)
+    draws = jnp.where(active, draws, 2.0)
+    return active & ((draws < share) | (draws == draws.min(axis=-1, keepdims=True)))
+
+
+def _ids(draws: jax.Array, names: tuple[str, ...], known: tuple[str, ...]) -> jax.Array:
+    return jnp.array([known.index(name) for name in names], jnp.int32)[pick(draws, names)]
+
+
+def _ranks(draws: jax.Array) -> jax.Array:
+    return jnp.argsort(jnp.argsort(draws))
+
+
+def _sign(draw: jax.Array) -> jax.Array:
+    return jnp.where(draw < 0.5, -1.0, 1.0)
+
+
+def _signed(draws: jax.Array) -> jax.Array:
+    """Uniform on [-1, 1)."""
+    return 2.0 * draws - 1.0
+
+
+def _log_uniform(draw: jax.Array, interval: tuple[float, float]) -> jax.Array:
+    low, high = interval
+    return low * (high / low) ** draw
+
+
+def _standardise(values: jax.Array) -> jax.Array:
+    """Mean 0 and standard deviation 1 over the last axis; a constant becomes 0."""
+    centred = values - values.mean(axis=-1, keepdims=True)
+    deviation = jnp.sqrt(jnp.square(centred).mean(axis=-1, keepdims=True))
+    return jnp.where(deviation > 1e-5, centred / jnp.maximum(deviation, 1e-5), 0.0)

@@ -1,0 +1,159 @@
+r"""Draws tables from a config's prior and shows what they look like, beside a table of your own.
+
+Prints statistics of the tables (median and central 98 %) and, with --csv, those of your table, with
+a mark where it is unlike the prior: there a network trained on this prior is a guess. Writes the
+statistics of every table to a CSV file, and a figure of their distributions.
+
+Examples:
+    python scripts/inspect_prior.py --config cpu_wide
+    python scripts/inspect_prior.py --config cpu_wide --csv examples/data/nhefs.csv \
+        --treatment qsmk --outcome wt82_71
+    python scripts/inspect_prior.py --config cpu_wide wide.mechanisms='["tree"]'
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dopfn_jax.config import Config, TableShape, preset_names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    options = _parse(arguments)
+    try:
+        _inspect(options)
+    except (ValueError, OSError) as error:
+        print(f"inspect_prior.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="inspect_prior.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", required=True, help=f"a preset ({', '.join(preset_names())}) or a TOML file")
+    add("--tables", type=int, default=200, help="tables to draw per prior (default: 200)")
+    add("--rows", type=int, default=500, help="rows of a table (default: 500)")
+    add("--seed", type=int, default=0)
+    add("--csv", type=Path, help="a table of your own, with a line of column names")
+    add("--treatment", metavar="COL", help="its column of the treatment, 0 or 1")
+    add("--outcome", metavar="COL", help="its column of the outcome")
+    add("--output", type=Path, default=Path("prior"), help="folder to write to (default: prior)")
+    add("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
+    options = parser.parse_intermixed_args(arguments)
+    if options.csv and not (options.treatment and options.outcome):
+        parser.error("--csv: name also its --treatment and --outcome")
+    if options.tables < 10 or options.rows < 10:
+        parser.error("--tables and --rows: need 10 or more")
+    return options
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    # After parsing, so that --help and typing errors do not wait for JAX.
+    import pandas as pd
+
+    from dopfn_jax.diagnostics import USUAL, prior_statistics, table_statistics, unlike
+
+    config = Config.load(options.config, options.overrides)
+    own = _read(options, table_statistics) if options.csv else {}
+    priors = {}
+    for name, shape in _shapes(config, options.rows).items():
+        priors[name] = prior_statistics(config, shape, options.tables, options.seed)
+        unusual = unlike(own, priors[name])
+        print(f"{name}: {len(priors[name]['covariates'])} tables of {options.rows} rows")
+        for statistic, values in priors[name].items():
+            low, middle, high = np.quantile(values, [USUAL[0], 0.5, USUAL[1]])
+            line = f"  {statistic:20} {middle:8.3f}   ({low:.3f} to {high:.3f})"
+            if own:
+                mark = "  <- unlike this prior" if statistic in unusual else ""
+                line = f"{line:50} yours {own[statistic]:8.3f}{mark}"
+            print(line)
+    options.output.mkdir(parents=True, exist_ok=True)
+    frames = [pd.DataFrame(values).assign(prior=name) for name, values in priors.items()]
+    if own:
+        frames.append(pd.DataFrame([own]).assign(prior=options.csv.name))
+    pd.concat(frames).to_csv(options.output / "statistics.csv", index=False)
+    _draw(priors, own, options)
+    print(f"written: {options.output}/statistics.csv, {options.output}/statistics.png")
+
+
+def _shapes(config: Config, rows: int) -> dict[str, TableShape]:
+    """The kinds of tables that a run of this config sees, each with `rows` context rows."""
+    shapes: dict[str, TableShape] = {}
+    for shape in config.training.shapes:
+        columns = shape.covariates
+        if shape.wide:
+            wide = shapes.get("wide prior")
+            columns = (
+                min(columns[0], wide.covariates[0] if wide else columns[0]),
+                max(columns[1], wide.covariates[1] if wide else columns[1]),
+            )
+        name = "wide prior" if shape.wide else "paper's prior"
+        shapes[name] = TableShape(rows + 1, (rows, rows), 1, covariates=columns)
+    return shapes
+
+
+def _read(options: argparse.Namespace, table_statistics: Any) -> dict[str, float]:
+    import pandas as pd
+
+    from dopfn_jax.tables import Schema
+
+    table = pd.read_csv(options.csv)
+    for option in ("treatment", "outcome"):
+        name = getattr(options, option)
+        if name not in table:
+            raise ValueError(f"--{option} {name}: not a column; there are {', '.join(map(str, table))}")
+    covariates = table.drop(columns=[options.treatment, options.outcome])
+    _, read = Schema.fit(covariates, table[options.treatment], table[options.outcome])
+    statistics: dict[str, float] = table_statistics(read.x, read.t, read.y)
+    return statistics
+
+
+def _draw(priors: Any, own: dict[str, float], options: argparse.Namespace) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(next(iter(priors.values())))
+    columns = 4
+    figure, axes = plt.subplots(
+        -(-len(names) // columns), columns, figsize=(12, 8), layout="constrained"
+    )
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    for axis, name in zip(axes.flat, names, strict=False):
+        values = np.concatenate([prior[name] for prior in priors.values()])
+        low, high = np.quantile(values, [0.005, 0.995])
+        if low == high:
+            low, high = low - 0.5, high + 0.5
+        bins = np.linspace(low, high, 30)
+        for prior, statistics in priors.items():
+            axis.hist(
+                np.clip(statistics[name], low, high),
+                bins,
+                density=True,
+                alpha=0.5,
+                label=prior,
+            )
+        if own:
+            axis.axvline(own[name], color="black", label=options.csv.name)
+        axis.set_title(name.replace("_", " "), fontsize=10)
+        axis.set_yticks([])
+    axes.flat[0].legend(fontsize=8)
+    figure.savefig(options.output / "statistics.png", dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

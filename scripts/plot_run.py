@@ -1,0 +1,98 @@
+"""Draws the curves of training runs: loss, validation, learning rate, throughput.
+
+Needs matplotlib. Example:
+    python scripts/plot_run.py runs/cpu runs/wide --output runs.png --csv runs.csv
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+# Panels: what they show, and the first of these columns that a run has.
+PANELS = (
+    ("training loss (nats)", ("mean_loss", "loss")),
+    ("validation loss (nats)", ("validation_loss",)),
+    ("learning rate", ("learning_rate",)),
+    ("tasks per second", ("tasks_per_second",)),
+)
+# Points that a smoothed training loss averages over, at most.
+SMOOTHING = 20
+
+
+class RunLogError(ValueError):
+    """A log that cannot be read; the message names it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="work directories, or metrics.jsonl")
+    add("--output", type=Path, required=True, help="figure: .png, .pdf or .svg")
+    add("--csv", type=Path, help="file for the numbers, one line a step and run")
+    options = parser.parse_args(arguments)
+    try:
+        log = pd.concat([read_log(path) for path in options.runs], ignore_index=True)
+        if options.csv:
+            log.to_csv(options.csv, index=False)
+        draw(log, options.output)
+    except (OSError, ImportError, ValueError) as error:
+        print(f"plot_run.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_log(path: Path) -> pd.DataFrame:
+    """The lines of a run's log, one row a step, and its name in the column `run`.
+
+    Raises:
+        RunLogError: there is no log, or no step in it.
+    """
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        raise RunLogError(f"{path}: no such log; give the work directory of a run")
+    lines = path.read_text().splitlines(keepends=True)
+    complete = [json.loads(line) for line in lines if line.endswith("\n")]  # a run may be writing
+    if not complete:
+        raise RunLogError(f"{path}: the run has not logged a step yet")
+    log = pd.DataFrame(complete)
+    log.insert(0, "run", str(path.parent))
+    return log
+
+
+def draw(log: pd.DataFrame, output: Path) -> None:
+    """One panel for each of PANELS, one line for each run of `read_log`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
+    for axis, (title, columns) in zip(axes.flat, PANELS, strict=True):
+        for name, run in log.groupby("run", sort=False):
+            present = [column for column in columns if column in run]
+            if not present:
+                continue
+            points = run[["step", present[0]]].dropna()
+            values = points[present[0]]
+            if "training" in title:
+                values = values.rolling(min(SMOOTHING, len(values)), min_periods=1).mean()
+            marker = "." if len(values) < 2 else None
+            axis.plot(points["step"], values, label=str(name), marker=marker, linewidth=1.2)
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    axes.flat[0].legend()
+    figure.savefig(output, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dopfn_jax.checkpoints import save_checkpoint
+from dopfn_jax.estimators import DoPFNRegressor
+from dopfn_jax.tables import TableError
+from tests.estimators.small import assert_same, table
+
+
+def questions() -> list[tuple]:
+    """Tables of several sizes, one without covariates and one with a 0/1 outcome."""
+    found = []
+    for rows, columns, queries in [(16, 3, 5), (12, 2, 9), (30, 3, 4), (14, 1, 3)]:
+        X, t, y = table(rows)
+        X = X.iloc[:, :columns]
+        found.append((X, t, y, X[:queries], t[:queries]))
+    X, t, y = table()
+    return [*found, (None, t, y, None, [0, 1]), (X, t, y > 10, X[:6], 1)]
+
+
+def test_a_batch_answers_like_its_tables_one_by_one(checkpoint) -> None:
+    model = DoPFNRegressor(checkpoint)
+    for output in ("mean", "quantiles"):
+        answers = model.predict_batch(questions(), output)
+        assert [len(answer) for answer in answers] == [5, 9, 4, 3, 2, 6]
+        for answer, (X, t, y, query, query_t) in zip(answers, questions(), strict=True):
+            alone = DoPFNRegressor(checkpoint).fit(X, t, y).predict(query, query_t, output)
+            assert answer.shape == alone.shape
+            assert_same(answer, alone, 1e-5)
+    assert model.predict_batch([]) == []
+
+
+def test_the_table_at_fault_is_named(checkpoint) -> None:
+    X, t, y = table()
+    model = DoPFNRegressor(checkpoint, max_context=20)
+    with pytest.raises(TableError, match=r"table 1: treatment t is 1 in all 16 rows"):
+        model.predict_batch([(X, t, y, X, 1), (X, np.ones(16), y, X, 1)])
+    with pytest.raises(TableError, match=r"table 0: has 24 rows, more than max_context = 20"):
+        model.predict_batch([(*table(24), X, 1)])
+    with pytest.raises(ValueError, match="output_type is 'sd'"):
+        model.predict_batch([], "sd")
+
+
+MESH_PROGRAM = """
+import sys
+import numpy as np
+from dopfn_jax import DoPFNRegressor
+from dopfn_jax.sharding import make_mesh
+from tests.estimators.test_batch import questions
+
+mesh = make_mesh((4, 1))
+model = DoPFNRegressor(sys.argv[1])
+answers = [model.predict_batch(questions(), mesh=where) for where in (None, mesh)]
+for alone, spread in zip(*answers, strict=True):
+    np.testing.assert_allclose(spread, alone, rtol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing(checkpoint, tmp_path) -> None:
+    save_checkpoint(tmp_path / "weights", checkpoint.model, checkpoint.config, 0)
+    command = [sys.executable, "-c", MESH_PROGRAM, tmp_path / "weights"]
+    root = Path(__file__).parents[2]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert result.returncode == 0, result.stderr

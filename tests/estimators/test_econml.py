@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.linear_model import LinearRegression, LogisticRegression
+
+from dopfn_jax.estimators import DoPFNRegressor
+from dopfn_jax.interop.econml import DoPFNCateEstimator
+from dopfn_jax.tables import TableError
+
+
+@pytest.fixture(scope="module")
+def table() -> tuple[np.ndarray, ...]:
+    """Covariates, treatment and outcome; the effect is the first covariate."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(60, 3))
+    t = generator.integers(2, size=60)
+    return x, t, t * x[:, 0] + 0.1 * generator.normal(size=60)
+
+
+def test_speaks_the_vocabulary_of_econml(checkpoint, table) -> None:
+    x, t, y = table
+    estimator = DoPFNCateEstimator(DoPFNRegressor(checkpoint, n_resamples=4)).fit(y, t, X=x)
+    effects = DoPFNRegressor(checkpoint).fit(x, t, y).cate(x)
+    np.testing.assert_array_equal(estimator.effect(x), effects)
+    np.testing.assert_array_equal(estimator.effect(x, T0=1, T1=0), -effects)
+    assert estimator.const_marginal_effect(x).shape == (60, 1, 1)
+    assert estimator.ate(x) == pytest.approx(effects.mean())
+    low, high = estimator.effect_interval(x, alpha=0.1)
+    assert (low < effects).all() and (effects < high).all()
+
+
+def test_controls_are_covariates_that_queries_lack(checkpoint, table) -> None:
+    x, t, y = table
+    estimator = DoPFNCateEstimator(DoPFNRegressor(checkpoint)).fit(y, t, X=x[:, :1], W=x[:, 1:])
+    unknown = x.copy()
+    unknown[:, 1:] = np.nan
+    expected = DoPFNRegressor(checkpoint).fit(x, t, y).cate(unknown)
+    np.testing.assert_allclose(estimator.effect(x[:, :1]), expected, rtol=1e-5)
+    with pytest.raises(TableError, match="fit cannot use sample_weight: leave it out"):
+        clone(estimator).fit(y, t, X=x, sample_weight=np.ones(60))
+
+
+def test_scorers_of_econml_take_it(checkpoint, table) -> None:
+    pytest.importorskip("econml")
+    from econml.score import EnsembleCateEstimator, RScorer
+    from econml.validate import DRTester
+
+    x, t, y = table
+    estimator = DoPFNCateEstimator(DoPFNRegressor(checkpoint)).fit(y, t, X=x)
+    nuisances = {"model_t": LogisticRegression(), "model_y": LinearRegression()}
+    scorer = RScorer(**nuisances, discrete_treatment=True, random_state=0).fit(y, t, X=x)
+    residuals_y, residuals_t = scorer.lineardml_._cached_values.nuisances
+    predicted = estimator.effect(x) * residuals_t[:, 0]
+    loss = np.mean((residuals_y - predicted) ** 2)
+    assert scorer.score(estimator) == pytest.approx(1 - loss / scorer.base_score_)
+    ensemble = EnsembleCateEstimator(cate_models=[estimator], weights=np.ones(1))
+    np.testing.assert_allclose(ensemble.effect(x), estimator.effect(x))
+
+    tester = DRTester(
+        model_regression=LinearRegression(), model_propensity=LogisticRegression(), cate=estimator
+    )
+    tester.fit_nuisance(x, t, y, x, t, y)
+    assert np.isfinite(tester.evaluate_blp(x, x).params).all()

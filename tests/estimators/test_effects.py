@@ -1,0 +1,223 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dopfn_jax.estimators import DoPFNRegressor
+from dopfn_jax.estimators.effects import group_rows
+from dopfn_jax.model.bar_distribution import BarDistribution
+from dopfn_jax.tables import TableError
+from tests.estimators.small import ROWS, assert_same, table
+
+
+class TestVocabulary:
+    def test_effect_is_a_directed_difference_of_means(self, fitted) -> None:
+        X, t, _ = table()
+        cate = fitted.cate(X)
+        np.testing.assert_array_equal(fitted.effect(X), cate)
+        np.testing.assert_array_equal(fitted.effect(X, T0=1, T1=0), -cate)
+        np.testing.assert_array_equal(fitted.effect(X, T0=t, T1=1 - t), (1 - 2 * t) * cate)
+        assert not fitted.effect(X, T0=1, T1=1).any()
+        assert_same(fitted.effect(X, 0, t), fitted.predict(X, t) - fitted.predict(X, 0))
+
+    def test_averages_over_arms_and_subgroups(self, fitted) -> None:
+        X, t, _ = table()
+        cate = fitted.cate()
+        assert fitted.att() == pytest.approx(cate[t == 1].mean())
+        assert fitted.atc() == pytest.approx(cate[t == 0].mean())
+        old = X["age"].to_numpy() > 0
+        by_mask = fitted.ate(by=old)
+        assert by_mask[True] == pytest.approx(cate[old].mean())
+        assert by_mask[False] == pytest.approx(cate[~old].mean())
+        bins = pd.cut(X["age"], 3, labels=["young", "middle", "old"])
+        assert fitted.ate(X, by=bins)["middle"] == pytest.approx(cate[bins == "middle"].mean())
+
+    def test_a_column_names_subgroups(self, checkpoint) -> None:
+        X, t, y = table()
+        sizes = np.array(["small", "large", None, "large"] * 4, object)
+        model = DoPFNRegressor(checkpoint, n_resamples=4).fit(X.assign(dose=sizes), t, y)
+        effects, ends = model.ate(by="dose"), model.ate_interval(by="dose")
+        assert effects.index.name == "dose"
+        assert [label for label in effects.index if isinstance(label, str)] == ["large", "small"]
+        assert len(effects) == 3
+        assert effects["large"] == pytest.approx(model.cate()[sizes == "large"].mean())
+        assert ends.columns.tolist() == ["lower", "upper"]
+        assert_same((ends["lower"] + ends["upper"]) / 2, effects)
+
+    def test_intervals_share_one_standard_error(self, fitted) -> None:
+        X, t, _ = table()
+        effects, _ = fitted._resampled_effects(fitted.table_.x)
+        low, high = fitted.cate_interval()
+        assert_same((high - low) / 2, 1.959964 * effects.std(axis=0, ddof=1), 1e-5)
+        assert_same((high + low) / 2, fitted.cate(), 1e-5)
+        low, high = fitted.att_interval()
+        error = effects[:, t == 1].mean(axis=1).std(ddof=1)
+        assert (high - low) / 2 == pytest.approx(1.959964 * error, rel=1e-4)
+        low, high = fitted.effect_interval(X, T0=1, T1=t)
+        assert ((high - low) > 0).tolist() == (t == 0).tolist()
+        both = fitted.ate_interval(by=np.zeros(ROWS))
+        assert both.loc[0].tolist() == pytest.approx(fitted.ate_interval(), rel=1e-6)
+
+    @pytest.mark.parametrize(
+        ("by", "message"),
+        [
+            ("weight", "by is 'weight', but the covariates are"),
+            (np.zeros(3), "by has 3 labels, but there are 16 rows"),
+        ],
+    )
+    def test_refusals(self, fitted, by, message: str) -> None:
+        with pytest.raises(TableError, match=message):
+            fitted.ate(by=by)
+        with pytest.raises(TableError, match="T1 has 2 values, but X has 16 rows"):
+            fitted.effect(T1=[0, 1])
+
+    def test_too_many_subgroups(self, fitted) -> None:
+        x = np.zeros((60, 3), np.float32)
+        with pytest.raises(TableError, match=r"60 different values.* pandas\.cut"):
+            group_rows(np.arange(60), x, fitted.schema_)
+
+
+class TestIndividualEffects:
+    def test_bounds_hold_for_every_dependence(self, fitted) -> None:
+        """Of the same two marginals, coupled the same way, the opposite way, and not at all."""
+        X, _, _ = table()
+        alpha, levels = 0.2, (np.arange(4000) + 0.5) / 4000
+        low, high = fitted.individual_effect_interval(X, alpha=alpha)
+        answers = [fitted.predict(X, arm, "quantiles", levels) for arm in (0, 1)]
+        shuffled = np.random.default_rng(0).permutation(4000)
+        for order in (slice(None), slice(None, None, -1), shuffled):
+            effects = answers[1] - answers[0][:, order]
+            inside = (effects >= low[:, None]) & (effects <= high[:, None])
+            assert (inside.mean(axis=1) >= 1 - alpha - 0.005).all()
+        assert (low < fitted.cate(X)).all() and (high > fitted.cate(X)).all()
+
+    def test_bounds_are_the_quantiles_of_the_worst_dependence(self, fitted) -> None:
+        """The upper bound on the 0.9 quantile is reached (Fan and Park, 2010, section 2)."""
+        X, _, _ = table()
+        _, high = fitted.individual_effect_interval(X[:1], alpha=0.2)
+        count = 20_000
+        levels = (np.arange(count) + 0.5) / count
+        control, treated = (fitted.predict(X[:1], arm, "quantiles", levels)[0] for arm in (0, 1))
+        # The top tenth and a bit of y(1) meets the lowest of y(0), in the same order.
+        shift = int(0.9 * count) - 1
+        effects = treated - np.roll(control, shift)
+        assert np.quantile(effects, 0.9 + 2 / count) >= high[0] - 0.05 * abs(high[0])
+
+    def test_binary_bounds(self, checkpoint, monkeypatch) -> None:
+        X, t, y = table()
+        model = DoPFNRegressor(checkpoint).fit(X, t, y > 10)
+        probabilities = iter(np.array([[0.5, 0.0, 1.0, 0.01], [0.5, 1.0, 0.0, 0.02]]))
+
+        def means(*_: object) -> np.ndarray:
+            outcome = model.schema_.outcome
+            return (next(probabilities)[None] - outcome.loc) / outcome.scale
+
+        monkeypatch.setattr(model, "_means", means)
+        low, high = model.individual_effect_interval(X[:4], alpha=0.1)
+        assert low.tolist() == [-1, 1, -1, 0]
+        assert high.tolist() == [1, 1, -1, 0]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint) -> DoPFNRegressor:
+    """Fitted on a 0/1 outcome."""
+    X, t, y = table()
+    return DoPFNRegressor(checkpoint, n_resamples=4).fit(X, t, y > 10)
+
+
+class TestBinaryOutcome:
+    def test_answers_are_probabilities(self, model) -> None:
+        X, t, _ = table()
+        far = X * 100
+        p = model.predict(far, t)
+        assert ((p >= 0) & (p <= 1)).all()
+        assert model.predict(far, t, "median").tolist() == (p > 0.5).tolist()
+        quantiles = model.predict(far, t, "quantiles", [0.25, 0.75])
+        assert quantiles[:, 0].tolist() == (p > 0.75).tolist()
+        assert quantiles[:, 1].tolist() == (p > 0.25).tolist()
+        assert np.abs(model.cate(far)).max() <= 1
+        assert_same(model.cate(far), model.predict(far, 1) - model.predict(far, 0))
+
+    def test_samples_are_zeros_and_ones(self, model) -> None:
+        X, t, _ = table()
+        draws = model.sample(X, t, 4000)
+        assert set(np.unique(draws)) <= {0.0, 1.0}
+        np.testing.assert_allclose(draws.mean(axis=0), model.predict(X, t), atol=0.04)
+
+    def test_numbers_other_than_0_and_1_stay_numbers(self, checkpoint) -> None:
+        X, t, y = table()
+        assert not DoPFNRegressor(checkpoint).fit(X, t, 1 + (y > 10)).schema_.binary_outcome
+
+
+class TestSample:
+    def test_has_the_distribution_that_was_predicted(self, fitted) -> None:
+        X, t, _ = table()
+        draws = fitted.sample(X, t, 4000)
+        assert draws.shape == (4000, ROWS)
+        median = fitted.predict(X, t, "median")
+        np.testing.assert_allclose((draws <= median).mean(axis=0), 0.5, atol=0.04)
+        low, high = fitted.predict(X, t, "quantiles", [0.1, 0.9]).T
+        inside = ((draws > low) & (draws < high)).mean(axis=0)
+        np.testing.assert_allclose(inside, 0.8, atol=0.04)
+
+    def test_seeds(self, fitted) -> None:
+        X, _, _ = table()
+        first = fitted.sample(X, 1, 3)
+        np.testing.assert_array_equal(first, fitted.sample(X, 1, 3))
+        assert not np.array_equal(first, fitted.sample(X, 1, 3, key=7))
+        with pytest.raises(ValueError, match="n is 0, but must be 1 or more"):
+            fitted.sample(X, 1, 0)
+
+
+class TestEnsemble:
+    def test_is_the_average_of_its_members(self, checkpoint, fitted) -> None:
+        X, t, _ = table()
+        model = DoPFNRegressor(checkpoint, n_estimators=3, n_resamples=4).fit(*table())
+        members = model._member_effects(model.table_.x)
+        assert_same(members[0], fitted.cate())
+        assert np.abs(members[1] - members[0]).max() > 1e-3
+        assert_same(model.cate(), members.mean(axis=0))
+        mixture = model.predict_distribution(X, t)
+        assert isinstance(mixture, BarDistribution)
+        assert_same(mixture.mean, model.predict(X, t))
+        again = DoPFNRegressor(checkpoint, n_estimators=3, n_resamples=4).fit(*table())
+        np.testing.assert_array_equal(again.cate(), model.cate())
+
+    def test_a_long_table_is_read_in_random_parts(self, checkpoint) -> None:
+        X, t, y = table(40)
+        model = DoPFNRegressor(checkpoint, n_estimators=3, n_resamples=4, max_context=16)
+        model.fit(X, t, y)
+        parts = [view.rows for view in model.views_]
+        assert all(14 <= len(set(rows)) == len(rows) <= 16 for rows in parts)
+        assert len({tuple(sorted(rows)) for rows in parts}) == 3
+        first = parts[0]
+        alone = DoPFNRegressor(checkpoint).fit(X.iloc[first], t[first], y[first])
+        assert_same(model._member_effects(model.table_.x)[0], alone.cate(X), 1e-3)
+        # Their outcomes have different scales, so the mixture has buckets of its own.
+        mixture = model.predict_distribution(X, 1)
+        np.testing.assert_allclose(mixture.masses.sum(axis=1), 1, rtol=1e-5)
+        assert_same(mixture.mean, model.predict(X, 1), 0.02)
+        effects, factor = model._resampled_effects(model.table_.x[:2])
+        assert factor == pytest.approx((15 / 40) / (25 / 40) + 1 / 3)
+        assert model.summary().member_spread > 0
+        assert math.isfinite(effects.sum())
+
+
+def test_without_cache_nothing_is_kept_and_nothing_changes(checkpoint, fitted) -> None:
+    X, t, _ = table()
+    model = DoPFNRegressor(checkpoint, cache=False).fit(*table())
+    assert model.contexts_ == []
+    assert model.cache_bytes_ == 0 < fitted.cache_bytes_
+    np.testing.assert_allclose(model.cate(), fitted.cate(), rtol=1e-5)
+    np.testing.assert_allclose(model.predict(X, t), fitted.predict(X, t), rtol=1e-5)
+    quantiles = [m.predict(X, t, "quantiles") for m in (model, fitted)]
+    np.testing.assert_allclose(*quantiles, rtol=1e-5)
+
+
+def test_devices(checkpoint, fitted) -> None:
+    model = DoPFNRegressor(checkpoint, device="cpu").fit(*table())
+    assert_same(model.cate(), fitted.cate(), 1e-5)
+    for name in ("tpu", "cpu:99", "cpu:first"):
+        with pytest.raises(ValueError, match=rf"device is '{name}', but there are only cpu:0"):
+            DoPFNRegressor(checkpoint, device=name).fit(*table())

@@ -1,0 +1,99 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dopfn_jax.evaluation.claims import check_claims
+from dopfn_jax.evaluation.metrics import LEVELS
+from dopfn_jax.evaluation.report import MEDIANS_FILE, read_scores, write_report, write_tables
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Two case studies and the ablations, with errors that fall with the rows."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("results") / "results.jsonl"
+    records = []
+
+    def add(suite, case, number, **facts):
+        hard = float(rng.lognormal())
+        for method, factor in (("dopfn", 1.0), ("linear", 2.0), ("rf", 3.0), ("floor", 0.1)):
+            error = factor * hard * 100 / facts["rows"]
+            scores = {"cid": error, "cate": error, "observational": error / 2, "bias_0": error}
+            scores |= {"bias_1": -error, "ate": 0.1, "ate_true": 0.2, "spread": 1.0, "pehe": error}
+            if method == "dopfn":
+                scores |= {"nll": -1.0, "entropy": -1.1, "crps": 0.1}
+                scores |= {f"picp_{level:g}": level for level in LEVELS}
+            record = {"suite": suite, "case": case, "dataset": number, "method": method, "seed": 0}
+            record |= {"sha256": "ab" * 32 if method == "dopfn" else "", "data": "0", "reason": ""}
+            record |= {"status": "ok", "seconds": rng.random(), "scores": scores, "facts": facts}
+            records.append(record | {"versions": {"numpy": "2"}})
+
+    for number in range(1, 13):
+        noise, effect = rng.random(2)
+        for case in ("backdoor", "small"):
+            add("generated", case, number, rows=100.0, effect_size=effect, noise=noise)
+        for rows in (10.0, 100.0, 1000.0):
+            add("rows", f"backdoor:{rows:g}", number, rows=rows, noise=noise)
+        hidden = number % 3
+        add(
+            "graphs", "graphs", number, rows=100.0, nodes=4.0 + hidden, edges=float(number),
+            effect_size=effect, hidden=float(hidden), confounded=float(hidden == 2),
+        )  # fmt: skip
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(results, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    write_report(results, folder)
+    return folder
+
+
+def test_medians_and_ratios_are_those_of_the_scores(report):
+    scores = read_scores(report / "results")
+    table = pd.read_csv(report / "results" / MEDIANS_FILE)
+    row = table[(table.case == "small") & (table.metric == "cid") & (table.method == "rf")].iloc[0]
+    own = scores[(scores.suite == "generated") & (scores.case == "small") & (scores.method == "rf")]
+    assert row["median"] == pytest.approx(own.cid.median(), rel=1e-3)
+    assert row["ratio"] == pytest.approx(3, rel=1e-3)
+    assert row["low"] <= row["median"] <= row["high"]
+
+
+def test_the_page_shows_every_figure_and_the_checksum(report):
+    page = (report / "results.md").read_text()
+    figures = sorted(path.name for path in (report / "figures").glob("*.png"))
+    assert len(figures) >= 12
+    assert all(f"figures/{name}" in page for name in figures)
+    assert "abababab" in page
+    assert "| floor * |" in page
+
+
+def test_claims_are_decided_by_the_numbers(report):
+    claims = {
+        claim: (holds, text) for claim, holds, text in check_claims(read_scores(report / "results"))
+    }
+    assert claims["Predictive intervals are calibrated"][0] == "yes"
+    assert claims["More rows help"][0] == "yes"
+    best = "CATE: better than every method that does not know the graph"
+    assert claims[best] == ("yes", "on 2 of 2 case studies")
+    worse = read_scores(report / "results").replace({"method": {"dopfn": "rf", "rf": "dopfn"}})
+    assert {claim: holds for claim, holds, _ in check_claims(worse)}[best] == "no"
+
+
+def test_tables_do_not_change_with_the_wall_clock(results, report, tmp_path):
+    slower = [json.loads(line) | {"seconds": 99.0} for line in results.read_text().splitlines()]
+    other = tmp_path / "results.jsonl"
+    other.write_text("".join(json.dumps(record) + "\n" for record in reversed(slower)))
+    write_tables(other, tmp_path / "again")
+    for path in (report / "results").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_no_results_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no results"):
+        write_report(tmp_path / "missing.jsonl", tmp_path)

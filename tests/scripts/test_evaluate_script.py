@@ -1,0 +1,61 @@
+import json
+
+import pytest
+
+from dopfn_jax.evaluation.runner import read_table
+from scripts.evaluate import QUICK_METHODS, main
+
+
+def evaluate(tmp_path, *arguments):
+    return main(["--output", str(tmp_path / "out"), *arguments])
+
+
+def test_scores_simple_methods_and_goes_on_where_it_stopped(tmp_path, capsys):
+    command = ["--suites", "simulated", "--datasets", "1", "--methods", "linear", "zero"]
+    assert evaluate(tmp_path, *command) == 0
+    shown = capsys.readouterr().out
+    assert "median PEHE" in shown and "nie_wager_a" in shown
+    results = tmp_path / "out" / "results.jsonl"
+    before = results.read_text()
+    assert len(read_table(results)) == 12
+    assert evaluate(tmp_path, *command) == 0
+    assert results.read_text() == before
+
+
+def test_the_exact_answer_beats_every_method_on_generated_data(tmp_path):
+    command = ["--suites", "generated", "--datasets", "1", "--methods", "linear", "floor"]
+    assert evaluate(tmp_path, *command) == 0
+    table = read_table(tmp_path / "out" / "results.jsonl")
+    wide = table.pivot(index="case", columns="method", values="cate").dropna()
+    assert len(wide) >= 8
+    assert (wide.floor <= wide.linear + 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suites", "released"], "--data"),
+        (["--suites", "everything"], "choose from"),
+        (["--suites", "simulated", "--methods", "magic"], "choose from"),
+        (["--suites", "simulated", "--methods", "dopfn:nowhere"], "neither shipped"),
+    ],
+)
+def test_mistakes_are_explained(tmp_path, capsys, arguments, message):
+    assert evaluate(tmp_path, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_absent_packages_are_said_to_be_absent(tmp_path, capsys):
+    if __import__("importlib").util.find_spec("causalpfn"):
+        pytest.skip("it is installed")
+    command = ["--suites", "simulated", "--datasets", "1", "--methods", "zero", "causalpfn"]
+    assert evaluate(tmp_path, *command) == 0
+    assert "causalpfn: absent" in capsys.readouterr().out
+    records = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert {json.loads(record)["method"] for record in records} == {"zero"}
+
+
+def test_the_quick_version_needs_no_extra():
+    from dopfn_jax.evaluation.methods import find_method
+
+    assert not any(find_method(name).packages for name in QUICK_METHODS)

@@ -1,0 +1,46 @@
+import csv
+import runpy
+
+import numpy as np
+import pytest
+
+MAIN = runpy.run_path("scripts/inspect_prior.py")["main"]
+QUICK = ["--config", "smoke", "--tables", "12", "--rows", "40"]
+
+
+@pytest.fixture
+def table(tmp_path):
+    random = np.random.default_rng(0)
+    path = tmp_path / "mine.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["drug", "age", "sex", "weight"])
+        for i in range(60):
+            age = random.normal(50, 9)
+            writer.writerow([i % 2, age, "fm"[i % 3 % 2], round(70 + age + 5 * (i % 2))])
+    return path
+
+
+def test_a_table_is_laid_beside_the_prior(table, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = ["--csv", str(table), "--treatment", "drug", "--outcome", "weight"]
+    assert MAIN([*QUICK, *arguments, "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "paper's prior: " in printed and "wide prior" not in printed
+    line = next(line for line in printed.splitlines() if "discrete_columns" in line)
+    # Sex is one of two columns; the paper's prior has no discrete one.
+    assert "yours    0.500" in line and line.endswith("unlike this prior")
+    with (output / "statistics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[-1]["prior"] == "mine.csv" and float(rows[-1]["covariates"]) == 2
+    assert len(rows) > 8
+    assert (output / "statistics.png").stat().st_size > 10_000
+
+
+def test_mistakes_are_named(table, capsys):
+    arguments = [*QUICK, "--csv", str(table), "--treatment", "pill", "--outcome", "weight"]
+    assert MAIN(arguments) == 2
+    assert "--treatment pill: not a column; there are drug, age" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        MAIN([*QUICK, "--csv", str(table)])
+    assert "name also its --treatment" in capsys.readouterr().err

@@ -1,0 +1,40 @@
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from scripts.plot_run import main
+
+pytest.importorskip("matplotlib")
+
+
+def write_log(folder: Path, steps: int) -> Path:
+    folder.mkdir()
+    lines = [
+        {"step": k, "mean_loss": 1 / k, "learning_rate": 1e-3, "tasks_per_second": 5.0}
+        for k in range(1, steps + 1)
+    ]
+    lines[-1]["validation_loss"] = 0.25
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '{"step": 99, "lo')  # still being written
+    return folder
+
+
+def test_runs_become_one_figure_and_one_table(tmp_path: Path) -> None:
+    runs = [str(write_log(tmp_path / name, steps)) for name, steps in (("a", 3), ("b", 5))]
+    figure, table = tmp_path / "runs.svg", tmp_path / "runs.csv"
+    assert main([*runs, "--output", str(figure), "--csv", str(table)]) == 0
+    assert figure.stat().st_size > 1000
+    log = pd.read_csv(table)
+    assert log.groupby("run").step.max().to_dict() == dict(zip(runs, (3, 5), strict=True))
+    assert log.validation_loss.notna().sum() == 2
+
+
+def test_what_cannot_be_drawn_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure = str(tmp_path / "runs.png")
+    assert main([str(tmp_path), "--output", figure]) == 2
+    assert "metrics.jsonl: no such log" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert main([str(tmp_path), "--output", figure]) == 2
+    assert "has not logged a step yet" in capsys.readouterr().err
