@@ -112,7 +112,9 @@ def _read(options: argparse.Namespace, table_statistics: Any) -> dict[str, float
     for option in ("treatment", "outcome"):
         name = getattr(options, option)
         if name not in table:
-            raise ValueError(f"--{option} {name}: not a column; there are {', '.join(map(str, table))}")
+            raise ValueError(
+                f"--{option} {name}: not a column; there are {', '.join(map(str, table))}"
+            )
     covariates = table.drop(columns=[options.treatment, options.outcome])
     _, read = Schema.fit(covariates, table[options.treatment], table[options.outcome])
     statistics: dict[str, float] = table_statistics(read.x, read.t, read.y)

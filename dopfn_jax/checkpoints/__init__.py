@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from dopfn_jax.config import Config, ConfigError
 from dopfn_jax.model.transformer import DoPFN
 
-DEFAULT_CHECKPOINT = "do_pfn_cpu"
+DEFAULT_CHECKPOINT = "do_pfn_wide_cpu"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 # Where a training run keeps its latest weights inside its work directory.
 RUN_WEIGHTS = "weights"

@@ -37,7 +37,8 @@ class Overlap:
         arm_sizes: rows with t = 0 and with t = 1.
         effective_sizes: what the rows of each arm are worth when weighted by the inverse
             probability of their treatment: (sum w)^2 / sum w^2 (Kish, 1965).
-        extreme_share: share of rows with a propensity below 0.05 or above 0.95.
+        extreme_share: share of rows with a propensity below 0.05 or above 0.95; 0 without
+            covariates.
     """
 
     propensity: NDArray[np.float64]
@@ -183,9 +184,9 @@ def estimate_overlap(table: Table) -> Overlap:
         for weights in (1 / (1 - propensity[~treated]), 1 / propensity[treated])
     ]
     extreme = np.minimum(propensity, 1 - propensity) < EXTREME_PROPENSITY
-    return Overlap(
-        propensity, sizes, (float(effective[0]), float(effective[1])), float(extreme.mean())
-    )
+    # Without covariates it is the arms that are unequal, not the rows.
+    share = float(extreme.mean()) if table.x.shape[1] else 0.0
+    return Overlap(propensity, sizes, (float(effective[0]), float(effective[1])), share)
 
 
 def number_format(width: float) -> Callable[[float], str]:

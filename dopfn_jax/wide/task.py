@@ -261,7 +261,7 @@ def _pre_treatment(
     draws: Draws, prior: WidePriorConfig, noise: jax.Array, active: jax.Array
 ) -> jax.Array:
     """Values (K, R) of the nodes before the treatment, standardised."""
-    k, rows = noise.shape
+    k = active.shape[0]
     width = k // LAYERS
     density = _log_uniform(draws["density"], prior.density)
     family = pick(draws["graph"], prior.graphs)
@@ -289,7 +289,8 @@ def _pre_treatment(
     hub = draws["hub"]
     per_node = {name: by_layer(draws[name]) for name in (*_MECHANISM_DRAWS, *_NODE_DRAWS)}
     inputs = (jnp.arange(LAYERS), per_node, by_layer(noise))
-    return jax.lax.scan(add_layer, jnp.zeros((k, rows)), inputs)[0]
+    # What stands in later layers before their turn has weight 0.
+    return jax.lax.scan(add_layer, noise, inputs)[0]
 
 
 def _special_mechanisms(

@@ -102,6 +102,7 @@ def require_same_run(folder: Path, alone: Path, steps: int) -> None:
         np.testing.assert_allclose(weights[name], others[name], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     steps = 6
     several = start(command(tmp_path / "several", steps, "2"), processes=2, devices=1)
