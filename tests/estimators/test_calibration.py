@@ -19,6 +19,7 @@ def query() -> tuple[pd.DataFrame, np.ndarray]:
     return x, generator.integers(2, size=ROWS)
 
 
+@pytest.mark.slow
 def test_outcomes_drawn_from_the_predictions_are_calibrated(fitted, query) -> None:
     x, t = query
     y = fitted.sample(x, t, 1)[0]

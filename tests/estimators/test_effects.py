@@ -184,6 +184,7 @@ class TestEnsemble:
         again = DoPFNRegressor(checkpoint, n_estimators=3, n_resamples=4).fit(*table())
         np.testing.assert_array_equal(again.cate(), model.cate())
 
+    @pytest.mark.slow
     def test_a_long_table_is_read_in_random_parts(self, checkpoint) -> None:
         X, t, y = table(40)
         model = DoPFNRegressor(checkpoint, n_estimators=3, n_resamples=4, max_context=16)

@@ -69,6 +69,7 @@ def _one_arm(source):
     return data
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_answers(toys, tmp_path):
     run(toys, ["linear"], tmp_path / "here.jsonl")
     run(toys, ["linear"], tmp_path / "there.jsonl", processes=1)

@@ -64,6 +64,7 @@ def test_a_shown_mediator_tells_about_the_natural_treatment():
     np.testing.assert_allclose([answer.cid0[0], answer.cid1[0]], [noise, 1 + noise], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_agrees_with_likelihood_weighting_on_the_textbook_front_door():
     scm = SCM.from_prior(jax.random.key(3), PriorConfig(case_study="frontdoor_pearl"))
     nodes = CASE_STUDIES["frontdoor_pearl"].nodes

@@ -22,6 +22,7 @@ def test_scores_simple_methods_and_goes_on_where_it_stopped(tmp_path, capsys):
     assert results.read_text() == before
 
 
+@pytest.mark.slow
 def test_the_exact_answer_beats_every_method_on_generated_data(tmp_path):
     command = ["--suites", "generated", "--datasets", "1", "--methods", "linear", "floor"]
     assert evaluate(tmp_path, *command) == 0

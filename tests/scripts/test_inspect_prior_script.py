@@ -21,6 +21,7 @@ def table(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_table_is_laid_beside_the_prior(table, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = ["--csv", str(table), "--treatment", "drug", "--outcome", "weight"]

@@ -202,6 +202,7 @@ def write_case_study(folder: Path, number: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_observers_see_a_run_and_do_not_change_it(tmp_path: Path, reference: Path) -> None:
     for number in (1, 2):
         write_case_study(tmp_path / "data" / "case_studies_dev" / "linear", number)
@@ -220,6 +221,7 @@ def test_observers_see_a_run_and_do_not_change_it(tmp_path: Path, reference: Pat
     require_same_run(folder, reference)
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_recover_ends_with_the_steps_and_sound_checkpoints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
