@@ -151,6 +151,7 @@ def test_a_run_leaves_log_config_checkpoints_and_weights(reference: Path) -> Non
     assert checkpoint.config == config_of_run()
 
 
+@pytest.mark.slow
 def test_stops_signals_and_a_kill_change_nothing(
     tmp_path: Path, reference: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
