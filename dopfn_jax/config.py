@@ -242,6 +242,8 @@ class ModelConfig:
     mlp_ratio: int = 4
     # Covariates per token: 1 = a token per cell; g = groups of g columns; 0 = one token per row.
     features_per_token: int = 1
+    # Whether rows also carry the predictions of two ridge regressions of the context.
+    linear_fit: bool = False
     # Buckets of the bar distribution.
     buckets: int = 100
     # Share of bucket borders spaced evenly over the central range of y, not by its quantiles.

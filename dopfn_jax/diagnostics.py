@@ -18,9 +18,15 @@ from dopfn_jax.wide.task import sample_wide_tasks
 MOST_ROWS = 5000
 FOLDS = 2
 # The central share of a prior's tables that counts as usual.
-USUAL = (0.01, 0.99)
+USUAL = (0.005, 0.995)
+# Lengths of tables at which a checkpoint remembers what is usual.
+REMEMBERED_ROWS = (64, 256, 1024)
 
 Floats = NDArray[np.float64]
+# Statistic -> (low, high).
+Ranges = Mapping[str, tuple[float, float]]
+# Rows of a table -> ranges of its statistics.
+UsualTables = Mapping[int, Ranges]
 
 
 def table_statistics(x: ArrayLike, t: ArrayLike, y: ArrayLike) -> dict[str, float]:
@@ -106,24 +112,75 @@ def prior_statistics(
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def unlike(
-    statistics: Mapping[str, float], prior: Mapping[str, Sequence[float] | Floats]
-) -> dict[str, tuple[float, float, float]]:
-    """The statistics of a table that are unusual for a prior.
+def usual(prior: Mapping[str, Sequence[float] | Floats]) -> Ranges:
+    """The central 99 % of each statistic of `prior_statistics`."""
+    ranges = {}
+    for name, values in prior.items():
+        low, high = np.quantile(values, USUAL)
+        ranges[name] = (float(low), float(high))
+    return ranges
+
+
+def kinds_of_tables(config: Config, rows: int) -> dict[str, TableShape]:
+    """The kinds of tables that a run of this config sees, each with `rows` context rows."""
+    kinds: dict[str, TableShape] = {}
+    for shape in config.training.shapes:
+        name, columns = "wide prior" if shape.wide else "paper's prior", shape.covariates
+        if name in kinds:
+            before = kinds[name].covariates
+            columns = (min(columns[0], before[0]), max(columns[1], before[1]))
+        kinds[name] = TableShape(rows + 1, (rows, rows), 1, covariates=columns)
+    return kinds
+
+
+def usual_tables(config: Config, tables: int = 400, seed: int = 0) -> UsualTables:
+    """What is usual for the tables that a run of this config sees, at several lengths.
 
     Args:
-        statistics: from `table_statistics`.
-        prior: from `prior_statistics`.
-
-    Returns:
-        name -> (value, low, high), where the value lies outside the prior's central 98 %.
+        config: of a training run; what is usual for one of its kinds of tables counts.
+        tables: how many to draw of each kind at each length.
+        seed: of the draw.
     """
-    unusual = {}
-    for name, value in statistics.items():
-        low, high = np.quantile(prior[name], USUAL)
-        if not low <= value <= high:
-            unusual[name] = (value, float(low), float(high))
-    return unusual
+    found = {}
+    for rows in REMEMBERED_ROWS:
+        kinds = [
+            usual(prior_statistics(config, shape, tables, seed))
+            for shape in kinds_of_tables(config, rows).values()
+        ]
+        found[rows] = {
+            name: (min(kind[name][0] for kind in kinds), max(kind[name][1] for kind in kinds))
+            for name in kinds[0]
+        }
+    return found
+
+
+def unlike(
+    statistics: Mapping[str, float], ranges: Ranges
+) -> dict[str, tuple[float, float, float]]:
+    """The statistics of a table that are unusual: name -> (value, low, high)."""
+    return {
+        name: (value, *ranges[name])
+        for name, value in statistics.items()
+        if not ranges[name][0] <= value <= ranges[name][1]
+    }
+
+
+def unlike_usual(
+    x: ArrayLike, t: ArrayLike, y: ArrayLike, usual_tables: UsualTables
+) -> dict[str, tuple[float, float, float]]:
+    """The same for a table, beside tables of about its length; {} for one too short to tell.
+
+    Args:
+        x: (N, F) covariates, NaN where missing.
+        t: (N,) treatment, 0 or 1, both of which occur.
+        y: (N,) outcome.
+        usual_tables: from `usual_tables`.
+    """
+    rows = len(np.asarray(t))
+    if rows < min(usual_tables):
+        return {}
+    nearest = min(usual_tables, key=lambda length: abs(np.log(length / rows)))
+    return unlike(table_statistics(x, t, y), usual_tables[nearest])
 
 
 def _standardise(values: Floats) -> Floats:

@@ -1,6 +1,6 @@
 r"""Draws tables from a config's prior and shows what they look like, beside a table of your own.
 
-Prints statistics of the tables (median and central 98 %) and, with --csv, those of your table, with
+Prints statistics of the tables (median and central 99 %) and, with --csv, those of your table, with
 a mark where it is unlike the prior: there a network trained on this prior is a guess. Writes the
 statistics of every table to a CSV file, and a figure of their distributions.
 
@@ -9,6 +9,10 @@ Examples:
     python scripts/inspect_prior.py --config cpu_wide --csv examples/data/nhefs.csv \
         --treatment qsmk --outcome wt82_71
     python scripts/inspect_prior.py --config cpu_wide wide.mechanisms='["tree"]'
+    python scripts/inspect_prior.py --record runs/cpu_wide/weights
+
+With --record, writes into a checkpoint what the tables of its own prior look like, so that
+DoPFNRegressor warns about others.
 """
 
 import argparse
@@ -19,14 +23,17 @@ from typing import Any
 
 import numpy as np
 
-from dopfn_jax.config import Config, TableShape, preset_names
+from dopfn_jax.config import Config, preset_names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = _parse(arguments)
     try:
-        _inspect(options)
+        if options.record:
+            _record(options)
+        else:
+            _inspect(options)
     except (ValueError, OSError) as error:
         print(f"inspect_prior.py: {error}", file=sys.stderr)
         return 2
@@ -41,7 +48,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", required=True, help=f"a preset ({', '.join(preset_names())}) or a TOML file")
+    prior = parser.add_mutually_exclusive_group(required=True)
+    prior.add_argument("--config", help=f"a preset ({', '.join(preset_names())}) or a TOML file")
+    prior.add_argument("--record", metavar="FOLDER", type=Path, help="a checkpoint to complete")
     add("--tables", type=int, default=200, help="tables to draw per prior (default: 200)")
     add("--rows", type=int, default=500, help="rows of a table (default: 500)")
     add("--seed", type=int, default=0)
@@ -62,18 +71,25 @@ def _inspect(options: argparse.Namespace) -> None:
     # After parsing, so that --help and typing errors do not wait for JAX.
     import pandas as pd
 
-    from dopfn_jax.diagnostics import USUAL, prior_statistics, table_statistics, unlike
+    from dopfn_jax.diagnostics import (
+        kinds_of_tables,
+        prior_statistics,
+        table_statistics,
+        unlike,
+        usual,
+    )
 
     config = Config.load(options.config, options.overrides)
     own = _read(options, table_statistics) if options.csv else {}
     priors = {}
-    for name, shape in _shapes(config, options.rows).items():
+    for name, shape in kinds_of_tables(config, options.rows).items():
         priors[name] = prior_statistics(config, shape, options.tables, options.seed)
-        unusual = unlike(own, priors[name])
+        ranges = usual(priors[name])
+        unusual = unlike(own, ranges)
         print(f"{name}: {len(priors[name]['covariates'])} tables of {options.rows} rows")
         for statistic, values in priors[name].items():
-            low, middle, high = np.quantile(values, [USUAL[0], 0.5, USUAL[1]])
-            line = f"  {statistic:20} {middle:8.3f}   ({low:.3f} to {high:.3f})"
+            low, high = ranges[statistic]
+            line = f"  {statistic:20} {np.median(values):8.3f}   ({low:.3f} to {high:.3f})"
             if own:
                 mark = "  <- unlike this prior" if statistic in unusual else ""
                 line = f"{line:50} yours {own[statistic]:8.3f}{mark}"
@@ -87,20 +103,14 @@ def _inspect(options: argparse.Namespace) -> None:
     print(f"written: {options.output}/statistics.csv, {options.output}/statistics.png")
 
 
-def _shapes(config: Config, rows: int) -> dict[str, TableShape]:
-    """The kinds of tables that a run of this config sees, each with `rows` context rows."""
-    shapes: dict[str, TableShape] = {}
-    for shape in config.training.shapes:
-        columns = shape.covariates
-        if shape.wide:
-            wide = shapes.get("wide prior")
-            columns = (
-                min(columns[0], wide.covariates[0] if wide else columns[0]),
-                max(columns[1], wide.covariates[1] if wide else columns[1]),
-            )
-        name = "wide prior" if shape.wide else "paper's prior"
-        shapes[name] = TableShape(rows + 1, (rows, rows), 1, covariates=columns)
-    return shapes
+def _record(options: argparse.Namespace) -> None:
+    from dopfn_jax.checkpoints import from_pretrained, save_checkpoint
+    from dopfn_jax.diagnostics import usual_tables
+
+    checkpoint = from_pretrained(options.record)
+    usual = usual_tables(checkpoint.config, options.tables, options.seed)
+    save_checkpoint(options.record, checkpoint.model, checkpoint.config, checkpoint.steps, usual)
+    print(f"written: what is usual for tables of {', '.join(map(str, usual))} rows")
 
 
 def _read(options: argparse.Namespace, table_statistics: Any) -> dict[str, float]:

@@ -1,10 +1,17 @@
-"""Strict mode for every test, and settings that keep compilation and threads cheap."""
+"""Strict mode for every test, settings that keep compilation and threads cheap, a tiny model."""
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+from tests.compilation import compiling_quickly
+
+if TYPE_CHECKING:
+    from dopfn_jax.checkpoints import Checkpoint
 
 # The first example compiles, which no deadline allows for. Fixed examples keep CI stable.
 hypothesis.settings.register_profile("jax", deadline=None, derandomize=True)
@@ -46,3 +53,46 @@ def checking_leaks() -> Iterator[None]:
 
     with jax.checking_leaks():
         yield
+
+
+@pytest.fixture(scope="module")
+def compile_quickly() -> Iterator[None]:
+    """For the tests of a module, and fixtures of that scope or a narrower one."""
+    with compiling_quickly():
+        yield
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> "Checkpoint":
+    """An untrained model, made in one compilation, whose answers differ from row to row."""
+    import jax
+    from flax import nnx
+
+    from dopfn_jax.checkpoints import Checkpoint
+    from dopfn_jax.config import Config, ModelConfig, PriorConfig
+    from dopfn_jax.model.transformer import DoPFN
+
+    config = Config(
+        prior=PriorConfig(max_nodes=7),
+        model=ModelConfig(width=16, layers=2, heads=2, features_per_token=0, buckets=16),
+    )
+
+    def build() -> DoPFN:
+        model = DoPFN(config.model, rngs=nnx.Rngs(0))
+        model.head.kernel[...] *= 100
+        return model
+
+    graphdef, _ = nnx.split(nnx.eval_shape(build))
+    with compiling_quickly():
+        model = nnx.merge(graphdef, jax.jit(lambda: nnx.state(build()))())
+    return Checkpoint("tiny", model, config, steps=0)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(checkpoint: "Checkpoint", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, saved."""
+    from dopfn_jax.checkpoints import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("weights")
+    save_checkpoint(folder, checkpoint.model, checkpoint.config, steps=0)
+    return folder

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from dopfn_jax.config import Config, TableShape
-from dopfn_jax.diagnostics import prior_statistics, table_statistics, unlike
+from dopfn_jax.diagnostics import (
+    prior_statistics,
+    table_statistics,
+    unlike,
+    unlike_usual,
+    usual,
+    usual_tables,
+)
 
 ROWS = 4000
 
@@ -75,9 +82,38 @@ def test_tables_of_a_prior_are_like_it_and_others_are_not():
     assert set(prior["covariates"]) <= {0.0, 1.0, 2.0, 3.0}
 
     middle = {name: float(np.median(values)) for name, values in prior.items()}
-    assert unlike(middle, prior) == {}
+    assert unlike(middle, usual(prior)) == {}
     x, t, y = confounded_table(1.0)
-    strange = unlike(table_statistics(np.tile(x, 5), t, np.round(y)), prior)
+    strange = unlike(table_statistics(np.tile(x, 5), t, np.round(y)), usual(prior))
     value, low, high = strange["covariates"]
     assert value == 15.0 and 0.0 <= low <= 1.0 and high <= 3.0
     assert "outcome_levels" in strange
+
+
+def ranges_around(statistics, width):
+    return {name: (value - width, value + width) for name, value in statistics.items()}
+
+
+def test_a_table_is_compared_with_tables_of_its_length():
+    x, t, y = confounded_table(1.0)
+    own = table_statistics(x, t, y)
+    remembered = {64: ranges_around(own, 0.0), 1024: ranges_around(own, 1e-6)}
+    assert unlike_usual(x, t, y, remembered) == {}
+    assert unlike_usual(x[:30], t[:30], y[:30], remembered) == {}
+    short = unlike_usual(x[:70], t[:70], y[:70], remembered)
+    assert "outcome_r2" in short and "covariates" not in short
+    value, low, high = short["treated_share"]
+    assert value == t[:70].mean() and low == high == t.mean()
+
+
+@pytest.mark.slow
+def test_what_is_usual_covers_the_tables_of_the_prior():
+    config = Config.load("smoke")
+    remembered = usual_tables(config, tables=80)
+    shape = TableShape(rows=257, context=(256, 256), tasks=1)
+    fresh = prior_statistics(config, shape, tables=80, seed=1)
+    inside = [
+        np.mean((low <= fresh[name]) & (fresh[name] <= high))
+        for name, (low, high) in remembered[256].items()
+    ]
+    assert min(inside) > 0.9

@@ -15,7 +15,8 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from dopfn_jax.config import Config, ConfigError
+from dopfn_jax.config import Config
+from dopfn_jax.diagnostics import UsualTables
 from dopfn_jax.model.transformer import DoPFN
 
 DEFAULT_CHECKPOINT = "do_pfn_wide_cpu"
@@ -40,12 +41,15 @@ class Checkpoint:
         model: the model with its weights.
         config: prior, model and training of the run that made it.
         steps: training steps behind the weights.
+        usual_tables: what tables of its prior look like, if that has been recorded (see
+            `scripts/inspect_prior.py`); estimators warn about others.
     """
 
     name: str
     model: DoPFN
     config: Config
     steps: int
+    usual_tables: UsualTables | None = None
 
     def __repr__(self) -> str:
         """Without the weights: estimators show this as one of their settings."""
@@ -84,7 +88,10 @@ def from_pretrained(name_or_path: str | Path = DEFAULT_CHECKPOINT) -> Checkpoint
             )
         config = Config.from_dict(description["config"])
         checksum, steps = description["sha256"], description["steps"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, ConfigError) as error:
+        usual_tables = _read_usual_tables(description.get("usual_tables"))
+    except CheckpointError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: not a readable checkpoint description ({error})"
         ) from error
@@ -98,10 +105,17 @@ def from_pretrained(name_or_path: str | Path = DEFAULT_CHECKPOINT) -> Checkpoint
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: weights cannot be read ({error})") from error
-    return Checkpoint(str(name_or_path), _build_model(config, weights, path), config, steps)
+    model = _build_model(config, weights, path)
+    return Checkpoint(str(name_or_path), model, config, steps, usual_tables)
 
 
-def save_checkpoint(folder: str | Path, model: DoPFN, config: Config, steps: int) -> None:
+def save_checkpoint(
+    folder: str | Path,
+    model: DoPFN,
+    config: Config,
+    steps: int,
+    usual_tables: UsualTables | None = None,
+) -> None:
     """Writes a checkpoint folder; an older one is replaced only once the new one is complete.
 
     Args:
@@ -109,6 +123,7 @@ def save_checkpoint(folder: str | Path, model: DoPFN, config: Config, steps: int
         model: the model to save.
         config: the configuration that it was trained under.
         steps: training steps behind the weights.
+        usual_tables: from `dopfn_jax.diagnostics.usual_tables`.
 
     Raises:
         CheckpointError: it cannot be written; an older one is intact.
@@ -117,6 +132,8 @@ def save_checkpoint(folder: str | Path, model: DoPFN, config: Config, steps: int
     flat = nnx.to_flat_state(nnx.state(model))
     weights = {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in flat}
     description = {"format": _FORMAT_VERSION, "steps": steps, "config": config.to_dict()}
+    if usual_tables is not None:
+        description["usual_tables"] = usual_tables
     try:
         _write(folder, weights, description)
     except (OSError, SafetensorError) as error:
@@ -146,6 +163,18 @@ def _write(folder: Path, weights: dict[str, np.ndarray], description: dict[str, 
         except OSError:
             os.replace(old, folder)
             raise
+
+
+def _read_usual_tables(
+    written: dict[str, dict[str, tuple[float, float]]] | None,
+) -> UsualTables | None:
+    """Keys of JSON objects are text."""
+    if written is None:
+        return None
+    return {
+        int(rows): {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
+        for rows, ranges in written.items()
+    }
 
 
 def _download(name: str) -> Path:

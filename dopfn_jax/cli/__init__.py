@@ -2,10 +2,11 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dopfn_jax.cli import export, info, predict
+from dopfn_jax.cli import evaluate, export, info, predict, train
 
 _DESCRIPTION = """Causal effects from a table of observations, by in-context learning (Do-PFN).
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (predict, export, info):
+    for command in (predict, train, evaluate, export, info):
         name = command.__name__.rpartition(".")[2]
         summary, _, _ = (command.__doc__ or "").partition("\n")
         subparser = commands.add_parser(
@@ -42,12 +43,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             allow_abbrev=False,
         )
         command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
-    options = parser.parse_args(arguments)
+        subparser.set_defaults(command=name, run=command.run)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words and words[0] in commands.choices:
+        # Its own parser lets options and other words come in any order, which a subparser cannot.
+        options = commands.choices[words[0]].parse_intermixed_args(words[1:])
+    else:
+        options = parser.parse_args(words)  # help, or a mistake
     try:
         options.run(options)
-    except (ValueError, OSError, ImportError) as error:
-        # Our own errors derive from these and say what to do; a traceback would hide it.
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        if not _explains_itself(error):
+            raise
         print(f"dopfn-jax {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        print(": ".join([f"dopfn-jax {options.command}", "stopped", *stop.args]), file=sys.stderr)
+        return 130
     return 0
+
+
+def _explains_itself(error: Exception) -> bool:
+    """Whether the message says what to do, so that a traceback would only hide it.
+
+    True of what our own code raises, of files and of missing packages; an error from deep inside of
+    a library needs its traceback.
+    """
+    if isinstance(error, OSError | ImportError):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).startswith("dopfn_jax.")

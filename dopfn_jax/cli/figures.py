@@ -3,6 +3,7 @@
 Importing this needs matplotlib (the extra "plot").
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 # The outcome's density is averaged over so many rows.
 _DENSITY_ROWS = 512
 _COLOURS = ("tab:blue", "tab:orange")
+
+
+def check_format(path: Path) -> None:
+    """Raises ValueError where figures cannot be written in the format that the name asks for."""
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ValueError(f"--plot {path}: the name must end in one of {', '.join(sorted(known))}.")
 
 
 def draw_effects(

@@ -68,8 +68,6 @@ def run(options: argparse.Namespace) -> None:
         ImportError: --plot without matplotlib.
     """
     # After parsing, so that --help and typing errors do not wait for JAX.
-    import pandas as pd
-
     from dopfn_jax.estimators import DoPFNRegressor
     from dopfn_jax.training.host import keep_compiled_programs
 
@@ -77,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
     _check_files(options, output)
     if not 0 < options.alpha < 1:
         raise ValueError(f"--alpha {options.alpha}: must lie between 0 and 1.")
-    table = pd.read_csv(options.data)
+    table = _read(options.data)
     for option in ("treatment", "outcome"):
         _check_column(table, getattr(options, option), f"--{option}")
     t, y = table[options.treatment], table[options.outcome]
@@ -148,7 +146,19 @@ def _check_files(options: argparse.Namespace, output: Path) -> None:
         if not path.parent.is_dir():
             raise ValueError(f"{option} {path}: there is no folder {path.parent}.")
     if options.plot is not None:
-        import dopfn_jax.cli.figures  # noqa: F401 (says now, not after minutes, what is missing)
+        # Says now, not after minutes, what is missing.
+        from dopfn_jax.cli.figures import check_format
+
+        check_format(options.plot)
+
+
+def _read(path: Path) -> "pd.DataFrame":
+    import pandas as pd
+
+    try:
+        return pd.read_csv(path)
+    except ValueError as error:  # empty, ragged, or no text
+        raise ValueError(f"{path}: is no CSV table ({error}).") from error
 
 
 def _check_column(table: "pd.DataFrame", name: str, option: str) -> None:

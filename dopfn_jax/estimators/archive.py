@@ -66,7 +66,13 @@ def write(path: Path, saved: Saved) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
         new = Path(temporary, "new")
         folder = Path(temporary, "checkpoint")
-        save_checkpoint(folder, checkpoint.model, checkpoint.config, checkpoint.steps)
+        save_checkpoint(
+            folder,
+            checkpoint.model,
+            checkpoint.config,
+            checkpoint.steps,
+            checkpoint.usual_tables,
+        )
         with zipfile.ZipFile(new, "w") as archive:
             archive.writestr(_ESTIMATOR_FILE, json.dumps(description, indent=2, default=int))
             archive.writestr(_TABLE_FILE, safetensors.numpy.save(saved.table._asdict()))
@@ -98,6 +104,8 @@ def read(path: str | Path) -> Saved:
         checkpoint = from_pretrained(Path(temporary, "checkpoint"))
     checkpoint = dataclasses.replace(checkpoint, name=name)
     settings["checkpoint"] = settings["checkpoint"] or checkpoint
+    # JSON knows no tuples.
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     return Saved(settings, checkpoint, schema, table)
 
 

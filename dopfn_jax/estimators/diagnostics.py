@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
+from dopfn_jax.checkpoints import Checkpoint
+from dopfn_jax.diagnostics import unlike_usual
 from dopfn_jax.tables import Table
 
 # A propensity nearer than this to 0 or 1 leaves hardly any unit to compare with.
@@ -25,6 +27,10 @@ CONFOUNDING_NOTE = (
     "The interval covers sampling, not hidden confounding: if something unmeasured moves both "
     "treatment and outcome, the model averages over the worlds that its prior deems possible."
 )
+
+
+class UnlikePriorWarning(UserWarning):
+    """A fitted table does not look like those that the checkpoint was trained on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +193,21 @@ def estimate_overlap(table: Table) -> Overlap:
     # Without covariates it is the arms that are unequal, not the rows.
     share = float(extreme.mean()) if table.x.shape[1] else 0.0
     return Overlap(propensity, sizes, (float(effective[0]), float(effective[1])), share)
+
+
+def unlike_prior(table: Table, checkpoint: Checkpoint) -> list[str]:
+    """In what a table is unlike those that the checkpoint was trained on, a sentence for each.
+
+    Empty where the checkpoint has no record of them, and for tables that are too short to tell.
+    """
+    if checkpoint.usual_tables is None:
+        return []
+    unusual = unlike_usual(table.x, table.t, table.y, checkpoint.usual_tables)
+    return [
+        f"unlike the prior of {checkpoint.name}: {name.replace('_', ' ')} is {value:.3g}, there "
+        f"{low:.3g} to {high:.3g}; answers rest on extrapolation"
+        for name, (value, low, high) in unusual.items()
+    ]
 
 
 def number_format(width: float) -> Callable[[float], str]:

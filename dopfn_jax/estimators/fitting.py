@@ -4,6 +4,7 @@ Axes: K members of the ensemble, R resamples, N rows of the fitted table, M quer
 covariates.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -15,6 +16,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from dopfn_jax.checkpoints import DEFAULT_CHECKPOINT, Checkpoint, from_pretrained
+from dopfn_jax.estimators.diagnostics import UnlikePriorWarning, unlike_prior
 from dopfn_jax.estimators.inference import (
     Network,
     Output,
@@ -23,6 +25,7 @@ from dopfn_jax.estimators.inference import (
     padded_columns,
     summarise,
 )
+from dopfn_jax.estimators.transforms import TRANSFORMS, Transform
 from dopfn_jax.estimators.views import View, context_share, draw_views, random_part
 from dopfn_jax.model.bar_distribution import BarDistribution
 from dopfn_jax.model.transformer import EncodedContext
@@ -47,6 +50,7 @@ class InContextEstimator(BaseEstimator):
         checkpoint: str | Path | Checkpoint = DEFAULT_CHECKPOINT,
         *,
         n_estimators: int = 1,
+        transforms: Sequence[Transform] = ("none",),
         n_resamples: int = 32,
         max_context: int = 10_000,
         cache: bool = True,
@@ -56,6 +60,7 @@ class InContextEstimator(BaseEstimator):
     ):
         self.checkpoint = checkpoint
         self.n_estimators = n_estimators
+        self.transforms = transforms
         self.n_resamples = n_resamples
         self.max_context = max_context
         self.cache = cache
@@ -73,6 +78,10 @@ class InContextEstimator(BaseEstimator):
 
         Returns:
             Itself.
+
+        Warns:
+            UnlikePriorWarning: the table does not look like those that the checkpoint was trained
+                on; the message says in what.
 
         Raises:
             TableError: a shape, column or value that cannot be used (a constant outcome and a
@@ -94,6 +103,8 @@ class InContextEstimator(BaseEstimator):
                 f"raise max_context where about {memory:.1f} GB of memory can be had for {rows:,} "
                 "rows."
             )
+        for message in unlike_prior(table, checkpoint):
+            warnings.warn(message, UnlikePriorWarning, stacklevel=2)
         return self._remember(checkpoint, schema, table)
 
     @property
@@ -110,6 +121,7 @@ class InContextEstimator(BaseEstimator):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, but must be {lowest} or more."
                 )
+        _check_transforms(self.transforms, self.n_estimators)
         find_device(self.device)
         if isinstance(self.checkpoint, Checkpoint):
             return self.checkpoint
@@ -125,7 +137,9 @@ class InContextEstimator(BaseEstimator):
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
         self.network_ = self._network(checkpoint, self.n_features_in_)
-        self.views_ = draw_views(table, self.n_estimators, self.max_context, self.random_state)
+        self.views_ = draw_views(
+            table, self.n_estimators, self.max_context, self.random_state, self.transforms
+        )
         self.contexts_ = list(self._encode()) if self.cache else []
         return self
 
@@ -166,18 +180,26 @@ class InContextEstimator(BaseEstimator):
         self, x: NDArray[np.float32], t: NDArray[np.float32]
     ) -> Iterator[tuple[BarDistribution, slice]]:
         """Distributions of the standardised outcome, averaged over members, as `answers` yields."""
-        contexts = self._contexts
-        if len(contexts) == 1:
-            yield from self.network_.answers(contexts[0], x, t)
-            return
         streams = [
-            self.network_.answers(context, view.covariates(x), t)
-            for context, view in zip(contexts, self.views_, strict=True)
+            self._member_distributions(context, view, x, t)
+            for context, view in zip(self._contexts, self.views_, strict=True)
         ]
-        # Members that read different rows standardise y a little differently.
-        common = self.network_.model.borders[...] if self._is_subsampled else None
+        if len(streams) == 1:
+            yield from streams[0]
+            return
+        # Members that read different rows, or transform y, answer between borders of their own.
+        transformed = any(view.transform.y is not None for view in self.views_)
+        common = self._is_subsampled or transformed
+        borders = self.network_.model.borders[...] if common else None
         for members in zip(*streams, strict=True):
-            yield mixture([answer for answer, _ in members], common), members[0][1]
+            yield mixture([answer for answer, _ in members], borders), members[0][1]
+
+    def _member_distributions(
+        self, context: EncodedContext, view: View, x: NDArray[np.float32], t: NDArray[np.float32]
+    ) -> Iterator[tuple[BarDistribution, slice]]:
+        """Distributions of the standardised outcome by one member."""
+        for answer, rows in self.network_.answers(context, view.covariates(x), t):
+            yield view.transform.restore(answer), rows
 
     def _answer(
         self,
@@ -204,7 +226,7 @@ class InContextEstimator(BaseEstimator):
         """
         means = np.zeros((len(contexts), len(x)))
         for member, (context, view) in enumerate(zip(contexts, self.views_, strict=True)):
-            for answer, rows in self.network_.answers(context, view.covariates(x), t):
+            for answer, rows in self._member_distributions(context, view, x, t):
                 mean = np.asarray(summarise(answer, "mean", np.zeros(0, np.float32)))
                 means[member, rows] = mean[: rows.stop - rows.start]
         return np.clip(means, *self._bounds)
@@ -281,6 +303,17 @@ def read_query(
     if len(treatment) != len(x):
         raise TableError(f"X has {len(x)} rows, but t has {len(treatment)}.")
     return x, treatment
+
+
+def _check_transforms(transforms: Sequence[Transform], members: int) -> None:
+    if not transforms or not set(transforms) <= set(TRANSFORMS):
+        known = ", ".join(map(repr, TRANSFORMS))
+        raise ValueError(f"transforms are {transforms!r}, but must be a tuple of some of {known}.")
+    if len(transforms) > members:
+        raise ValueError(
+            f"transforms has {len(transforms)} entries, but n_estimators is {members}: every one "
+            "needs a member of its own."
+        )
 
 
 def check_covariates(checkpoint: Checkpoint, covariates: int) -> None:

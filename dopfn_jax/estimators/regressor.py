@@ -16,7 +16,13 @@ from sklearn.utils.validation import check_is_fitted
 
 from dopfn_jax.estimators import archive
 from dopfn_jax.estimators.batch import Question, answer_all
-from dopfn_jax.estimators.diagnostics import Overlap, Placebo, Summary, estimate_overlap
+from dopfn_jax.estimators.diagnostics import (
+    Overlap,
+    Placebo,
+    Summary,
+    estimate_overlap,
+    unlike_prior,
+)
 from dopfn_jax.estimators.effects import INTERVAL_ROWS, EffectEstimator, reach_of
 from dopfn_jax.estimators.fitting import check_covariates, find_device, read_query
 from dopfn_jax.estimators.inference import Output
@@ -58,6 +64,11 @@ class DoPFNRegressor(EffectEstimator):
         n_estimators: members of an ensemble, averaged in probability. Each but the first sees the
             columns in another order and random ones mirrored; of a table longer than `max_context`
             each reads other rows.
+        transforms: what the members do to the table in turn: "none" leaves it as it is,
+            "quantile_x" and "quantile_y" take covariates or the outcome to normal quantiles of
+            their ranks, "log_y" takes the logarithm of outcomes far from the median. Their
+            distributions are mapped back before they are averaged. Intervals, `placebo` and
+            `predict_batch` read the table as it is.
         n_resamples: random halves of the table that intervals look at.
         max_context: the most rows that are read at once. Time and memory of `fit` grow with their
             square. A longer table needs n_estimators > 1.
@@ -267,7 +278,7 @@ class DoPFNRegressor(EffectEstimator):
             member_spread=float(effects.mean(axis=1).std(ddof=1)) if several else None,
             cache_bytes=self.cache_bytes_,
             checkpoint=self.checkpoint_.name,
-            warnings=tuple(overlap.warnings),
+            warnings=(*overlap.warnings, *unlike_prior(self.table_, self.checkpoint_)),
         )
 
     def predict_batch(

@@ -1,10 +1,12 @@
 """Random parts of a table, and the ways in which the members of an ensemble see it."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dopfn_jax.estimators.transforms import TableTransform, Transform
 from dopfn_jax.tables import Table
 
 
@@ -13,27 +15,33 @@ class View(NamedTuple):
 
     Attributes:
         rows: indices of the rows that it reads.
+        transform: what is done to covariates and outcome.
         order: (F,) the columns in its order.
         signs: (F,) -1 for a covariate that it sees mirrored, else 1.
     """
 
     rows: NDArray[np.intp]
+    transform: TableTransform
     order: NDArray[np.intp]
     signs: NDArray[np.float32]
 
     def table(self, table: Table) -> Table:
         """What the member reads."""
-        return Table(self.covariates(table.x[self.rows]), table.t[self.rows], table.y[self.rows])
+        x, t, y = (column[self.rows] for column in table)
+        return Table(self.covariates(x), t, self.transform.outcome(y))
 
     def covariates(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Standardised covariates (M, F) as the member sees them."""
-        return x[:, self.order] * self.signs
+        return self.transform.covariates(x)[:, self.order] * self.signs
 
 
-def draw_views(table: Table, count: int, most_rows: int, seed: int | None) -> list[View]:
-    """The views of an ensemble's members; the first sees the columns as they are.
+def draw_views(
+    table: Table, count: int, most_rows: int, seed: int | None, transforms: Sequence[Transform]
+) -> list[View]:
+    """The views of an ensemble's members, which take the transforms in turn.
 
-    Where the table has more than `most_rows` rows, every member reads that many at random.
+    The first sees the columns in their order. Where the table has more than `most_rows` rows, every
+    member reads that many at random.
     """
     rows, covariates = table.x.shape
     generator = np.random.default_rng(seed)
@@ -46,7 +54,9 @@ def draw_views(table: Table, count: int, most_rows: int, seed: int | None) -> li
         if member:
             order = generator.permutation(order)
             signs = generator.choice(np.array([-1, 1], np.float32), covariates)
-        views.append(View(part, order, signs))
+        read = Table(*(column[part] for column in table))
+        transform = TableTransform.fit(transforms[member % len(transforms)], read)
+        views.append(View(part, transform, order, signs))
     return views
 
 

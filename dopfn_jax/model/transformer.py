@@ -16,6 +16,7 @@ from dopfn_jax.config import ModelConfig
 from dopfn_jax.model.attention import Attention, KeysValues
 from dopfn_jax.model.bar_distribution import BarDistribution
 from dopfn_jax.model.embedding import CellEmbedding, Columns, RowEmbedding
+from dopfn_jax.model.linear_fit import ROW_FEATURES, LinearFit
 from dopfn_jax.model.standardise import Scaler, compress
 
 Carry = TypeVar("Carry")
@@ -28,12 +29,14 @@ class EncodedContext:
     Attributes:
         scaler: standardisation of covariates and outcome.
         columns: description of the columns.
+        fit: regressions of the context, if the model reads them.
         keys_values: of every layer, each (L, B, C, N, H, D / H).
         mask: (B, N) bool, context rows that exist.
     """
 
     scaler: Scaler
     columns: Columns
+    fit: LinearFit | None
     keys_values: KeysValues
     mask: jax.Array
 
@@ -121,6 +124,8 @@ class DoPFN(nnx.Module):
         self.config = config
         embedding = CellEmbedding if config.features_per_token else RowEmbedding
         self.embedding = embedding(config, rngs=rngs)
+        if config.linear_fit:
+            self.linear_fit = nnx.Linear(ROW_FEATURES, config.width, rngs=rngs)
 
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
@@ -152,13 +157,13 @@ class DoPFN(nnx.Module):
             mask: (B, N) bool, rows that exist.
             covariate_mask: (B, F) bool, columns that exist.
         """
-        scaler, columns, tokens = self._embed_context(x, t, y, mask, covariate_mask)
+        scaler, columns, fit, tokens = self._embed_context(x, t, y, mask, covariate_mask)
 
         def step(tokens: jax.Array, layer: Layer) -> tuple[jax.Array, KeysValues]:
             return layer.context(tokens, columns.token_mask, mask)
 
         _, keys_values = self._scan(step, tokens)
-        return EncodedContext(scaler, columns, keys_values, mask)
+        return EncodedContext(scaler, columns, fit, keys_values, mask)
 
     def decode(self, encoded: EncodedContext, x: jax.Array, t: jax.Array) -> jax.Array:
         """Logits of queries, each of which is answered as if it were the only one.
@@ -171,7 +176,7 @@ class DoPFN(nnx.Module):
         Returns:
             (B, M, Q) float32 logits, on the standardised y axis.
         """
-        tokens = self._embed_query(encoded.scaler, encoded.columns, x, t)
+        tokens = self._embed_query(encoded.scaler, encoded.columns, encoded.fit, x, t)
 
         def step(tokens: jax.Array, inputs: tuple[Layer, KeysValues]) -> tuple[jax.Array, None]:
             layer, keys_values = inputs
@@ -195,10 +200,10 @@ class DoPFN(nnx.Module):
         Equal to `decode(encode_context(...), ...)`, without keeping the keys and values of all
         layers at once.
         """
-        scaler, columns, context = self._embed_context(
+        scaler, columns, fit, context = self._embed_context(
             context_x, context_t, context_y, context_mask, covariate_mask
         )
-        query = self._embed_query(scaler, columns, query_x, query_t)
+        query = self._embed_query(scaler, columns, fit, query_x, query_t)
 
         def step(
             tokens: tuple[jax.Array, jax.Array], layer: Layer
@@ -222,7 +227,7 @@ class DoPFN(nnx.Module):
         y: jax.Array,
         mask: jax.Array,
         covariate_mask: jax.Array,
-    ) -> tuple[Scaler, Columns, jax.Array]:
+    ) -> tuple[Scaler, Columns, LinearFit | None, jax.Array]:
         scaler = Scaler.fit(x, y, mask)
         # Zeros where nothing exists: a weight of 0 would not silence a NaN.
         exists = mask[..., None] & covariate_mask[:, None]
@@ -230,13 +235,30 @@ class DoPFN(nnx.Module):
         t = jnp.where(mask, t, 0.0)
         y = jnp.where(mask, compress(scaler.outcome(y)), 0.0)
         columns = self.embedding.columns(x, t, y, mask, covariate_mask)
-        return scaler, columns, self.embedding(columns, x, t, y)
+        fit = None
+        if self.config.linear_fit:
+            fit = LinearFit.fit(x, t, y, mask, covariate_mask)
+        return scaler, columns, fit, self._embed(columns, fit, x, t, y)
 
     def _embed_query(
-        self, scaler: Scaler, columns: Columns, x: jax.Array, t: jax.Array
+        self, scaler: Scaler, columns: Columns, fit: LinearFit | None, x: jax.Array, t: jax.Array
     ) -> jax.Array:
         x = jnp.where(columns.mask[:, None], scaler.covariates(x), 0.0)
-        return self.embedding(columns, x, t, None)
+        return self._embed(columns, fit, x, t, None)
+
+    def _embed(
+        self,
+        columns: Columns,
+        fit: LinearFit | None,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array | None,
+    ) -> jax.Array:
+        """Tokens (B, C, R, D); what the regressions say goes to the last, which is read out."""
+        tokens = self.embedding(columns, x, t, y)
+        if fit is None:
+            return tokens
+        return tokens.at[:, -1].add(self.linear_fit(fit.row_features(x, t, y)))
 
     def _scan(
         self,

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from optax.contrib import MuonDimensionNumbers, muon
 
 from dopfn_jax.config import TrainingConfig
@@ -12,20 +15,52 @@ from dopfn_jax.config import TrainingConfig
 ADAM_SHARE = 0.5
 
 
-def make_schedule(config: TrainingConfig) -> optax.Schedule:
-    """Linear warm-up, then a cosine to `final_learning_rate_share` of the peak at step `steps`."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=min(config.warmup_steps, config.steps // 2),
-        decay_steps=config.steps,
-        end_value=config.learning_rate * config.final_learning_rate_share,
-    )
+@flax.struct.dataclass
+class Schedule:
+    """Learning rate of a step: a linear warm-up, then a cosine.
+
+    A pytree, so that one compiled train step serves every schedule.
+
+    Attributes:
+        peak: () float32, at the end of the warm-up.
+        final: () float32, from step `steps` on.
+        warmup: () float32, steps.
+        steps: () float32, of warm-up and cosine together.
+    """
+
+    peak: jax.Array
+    final: jax.Array
+    warmup: jax.Array
+    steps: jax.Array
+
+    def __call__(self, step: ArrayLike) -> jax.Array:
+        """() float32, the rate of the update after `step` others."""
+        step = jnp.asarray(step, jnp.float32)
+        # No division by zero where there is no warm-up.
+        risen = step / jnp.maximum(self.warmup, 1.0)
+        share = jnp.clip((step - self.warmup) / (self.steps - self.warmup), 0.0, 1.0)
+        cosine = self.final + (self.peak - self.final) * 0.5 * (1.0 + jnp.cos(jnp.pi * share))
+        return jnp.where(step < self.warmup, self.peak * risen, cosine)
 
 
-def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-    """AdamW, or Muon for the matrices of the layers with Adam for everything else."""
-    schedule = make_schedule(config)
+def make_schedule(config: TrainingConfig) -> Schedule:
+    """From 0 to `learning_rate` and on to `final_learning_rate_share` of it at step `steps`."""
+    peak = config.learning_rate
+    warmup = min(config.warmup_steps, config.steps // 2)
+    values = (peak, peak * config.final_learning_rate_share, warmup, config.steps)
+    return Schedule(*(jnp.float32(value) for value in values))
+
+
+def make_optimizer(
+    config: TrainingConfig, schedule: optax.Schedule | None = None
+) -> optax.GradientTransformation:
+    """AdamW, or Muon for the matrices of the layers with Adam for everything else.
+
+    Args:
+        config: which, and its settings.
+        schedule: the config's own by default.
+    """
+    schedule = make_schedule(config) if schedule is None else schedule
     if config.optimizer == "muon":
         update = muon(
             schedule,

@@ -1,7 +1,6 @@
 """The fused train step: sample tasks, loss, gradient and update in one jitted function."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ from dopfn_jax.model.standardise import Scaler
 from dopfn_jax.model.transformer import DoPFN
 from dopfn_jax.prior import Task, sample_tasks
 from dopfn_jax.sharding import MeshError, state_shardings
-from dopfn_jax.training.optimizer import make_optimizer, make_schedule
+from dopfn_jax.training.optimizer import Schedule, make_optimizer, make_schedule
 from dopfn_jax.wide.task import sample_wide_tasks
 
 # Standardised targets beyond this are moved to it, so that the mean loss does not hang on a few
@@ -90,7 +89,6 @@ class Trainer:
         _require_divisible("validation", config.training.validation.tasks, data, 1)
         self.config, self.mesh = config, mesh
         self._optimizer = make_optimizer(config.training)
-        self._schedule = make_schedule(config.training)
         abstract_model = nnx.eval_shape(lambda: DoPFN(config.model, rngs=nnx.Rngs(0)))
         self.graphdef = nnx.graphdef(abstract_model)
         abstract_state = jax.eval_shape(
@@ -105,7 +103,8 @@ class Trainer:
         self._gathered = jax.tree.map(_without_data_axis, self.shardings.params)
         # What every process can read; not only its own shards.
         self._replicated = NamedSharding(mesh, P())
-        self._steps: dict[TableShape, Callable[[TrainState], tuple[TrainState, Metrics]]] = {}
+        self._schedule = jax.device_put(make_schedule(config.training), self._replicated)
+        self._steps: dict[TableShape, Any] = {}
         self._validate = jax.jit(self._validation_metrics, out_shardings=self._replicated)
 
     def init(self, borders: jax.Array | None = None) -> TrainState:
@@ -123,12 +122,12 @@ class Trainer:
         if shape not in self._steps:
             self._steps[shape] = self._jitted_step(shape)
         with jax.set_mesh(self.mesh):
-            return self._steps[shape](state)
+            return self._steps[shape](state, self._schedule)
 
     def lower_step(self, shape: TableShape) -> jax.stages.Lowered:
         """The step's program, from shapes alone: to compile and to look at."""
         with jax.set_mesh(self.mesh):
-            return self._jitted_step(shape).lower(self.abstract_state)
+            return self._jitted_step(shape).lower(self.abstract_state, self._schedule)
 
     def _jitted_step(self, shape: TableShape) -> Any:
         return jax.jit(
@@ -189,14 +188,17 @@ class Trainer:
             key=key,
         )
 
-    def _train_step(self, shape: TableShape, state: TrainState) -> tuple[TrainState, Metrics]:
+    def _train_step(
+        self, shape: TableShape, state: TrainState, schedule: Schedule
+    ) -> tuple[TrainState, Metrics]:
         config = self.config.training
+        optimizer = make_optimizer(config, schedule)
         sums = self._sums(shape, state)
         rows = jnp.maximum(sums.rows, 1.0)
         loss = sums.loss / rows
         gradient = jax.tree.map(lambda g: g / rows, sums.gradient)
         norm = optax.tree.norm(gradient)
-        updates, opt_state = self._optimizer.update(gradient, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # At first the average forgets faster than its decay says: early evaluations are not stale.
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
@@ -211,7 +213,7 @@ class Trainer:
         metrics = Metrics(
             loss=loss,
             gradient_norm=norm,
-            learning_rate=jnp.asarray(self._schedule(state.step)),
+            learning_rate=schedule(state.step),
             masked_tasks=sums.masked_tasks,
             skipped=(~finite).astype(jnp.int32),
         )

@@ -36,10 +36,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]):
+def run(folder: Path, checkpoint_folder: Path, capsys: pytest.CaptureFixture[str]):
     """Runs the command on the table; returns exit code, standard output and error."""
 
-    def run(*arguments: object, data: object = "trial.csv", weights: object = checkpoint):
+    def run(*arguments: object, data: object = "trial.csv", weights: object = checkpoint_folder):
         columns = ["--treatment", "drug", "--outcome", "weight"]
         words = ["predict", data, *columns, "--checkpoint", weights, *arguments]
         try:
@@ -138,6 +138,7 @@ def test_without_covariates_all_rows_have_the_same_effect(run, folder) -> None:
         (["--checkpoint", "nowhere"], "checkpoint 'nowhere'"),
         (["--covariate", "age"], "unrecognized arguments"),
         (["--plot", "trial.csv"], "--plot trial.csv: is the input itself"),
+        (["--plot", "effects.xyz"], "--plot effects.xyz: the name must end in one of"),
         (["--plot-covariate", "age"], "--plot-covariate: needs --plot"),
         (
             ["--covariates", "age", "--plot", "x.png", "--plot-covariate", "sex"],
@@ -169,7 +170,7 @@ def test_mistakes_end_in_one_line(run, folder, arguments: list[str], message: st
         ("drug,weight\n0,2\n1,2\n", "outcome 'weight' is 2 in all 2 rows"),
         ("drug,weight\n0,2\n1,\n", "outcome 'weight' is missing in 1 rows"),
         ("drug,weight,x\n0,2,inf\n1,3,1\n", "column 'x' holds inf in row 0"),
-        ("drug,weight,a,b,c,d,e\n0,2,1,1,1,1,1\n1,3,1,1,1,1,1\n", "X has 5 covariates, but"),
+        ("drug,weight,a,b,c,d,e,f\n0,2,1,1,1,1,1,1\n1,3,1,1,1,1,1,1\n", "X has 6 covariates, but"),
         ("drug,weight\n0,2\n1,3\n", "a single row with treatment 0"),
     ],
 )

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dopfn_jax.estimators import DoPFNRegressor
+from dopfn_jax.estimators.transforms import TRANSFORMS
 from dopfn_jax.tables import TableError
 from tests.estimators.small import ROWS, assert_same, table
 
@@ -37,11 +39,26 @@ RIGHT = {
         lambda X, t, y: (X.astype(object), t.astype(object), y.astype(object)),
         lambda X, t, y: (X, t, y),
     ),
-    "numbers as text": (column([str(k) for k in K]), column(K)),
+    "numbers as text": (column([f" {k} " for k in K]), column(K)),
+    "missing cells in many spellings": (
+        column([pd.NA, None, np.nan, "", " nan ", *K[5:]]),
+        column([*[np.nan] * 5, *K[5:]]),
+    ),
+    "sparse columns": (column(pd.arrays.SparseArray(K * 1.0)), column(K)),
+    "pandas strings": (
+        column(pd.array(np.where(K > 0, "yes", "no"), "string")),
+        column((K > 0).astype(float)),
+    ),
     "nullable integers": (column(pd.array([*K[:-1], None], "Int64")), column([*K[:-1], np.nan])),
     "text": (column(np.where(K > 0, "yes", "no")), column((K > 0).astype(float))),
     "boolean covariates": (column(K > 0), column((K > 0).astype(float))),
     "a boolean treatment": (lambda X, t, y: (X, t == 1, y), lambda X, t, y: (X, t, y)),
+    "a treatment of floats": (lambda X, t, y: (X, t * 1.0, y), lambda X, t, y: (X, t, y)),
+    "outcomes as text": (lambda X, t, y: (X, t, y.astype(str)), lambda X, t, y: (X, t, y)),
+    "one table in JAX": (
+        lambda X, t, y: tuple(map(jnp.asarray, (X.to_numpy(), t, y.astype(np.float32)))),
+        lambda X, t, y: (X.to_numpy().astype(np.float32), t, y.astype(np.float32)),
+    ),
     "columns of vectors": (
         lambda X, t, y: (X, t[:, None], pd.DataFrame({"kg": y})),
         lambda X, t, y: (X, t, y),
@@ -59,9 +76,19 @@ RIGHT = {
 # What comes, and what the message says: the column and the remedy.
 WRONG = {
     "inf": (column(np.where(K > 6, np.inf, K)), r"column 'dose' holds inf in row 14.*use NaN"),
+    "minus inf": (column(np.where(K > 6, -np.inf, K)), r"column 'dose' holds -inf in row 14"),
+    "an infinite outcome": (
+        lambda X, t, y: (X, t, np.where(K > 6, np.inf, y)),
+        "outcome y holds inf in row 14",
+    ),
+    "a missing treatment": (
+        lambda X, t, y: (X, np.where(K > 6, np.nan, t), y),
+        "treatment t is missing in 1 rows, the first being row 14: leave such rows out",
+    ),
     "dates": (column(pd.date_range("2021-01-01", periods=ROWS)), "'dose' holds dates.*days since"),
     "dates as text": (column(["2021-01-31"] * ROWS), "'dose' holds dates or times.*days since"),
     "numbers mixed with text": (column([*K[:-1], "low"]), "'dose' mixes numbers.*make such cells"),
+    "lengths of time": (column(pd.to_timedelta(K, unit="D")), "'dose' holds dates or times.*days"),
     "lists in cells": (column([[1]] * ROWS), "'dose' holds values that are no numbers"),
     "complex numbers": (column(K + 1j), "'dose' holds complex numbers: use real"),
     "a treatment of 1 and 2": (lambda X, t, y: (X, t + 1, y), "treatment t must .*recode.*t == 2"),
@@ -103,10 +130,36 @@ def test_refusals(checkpoint, name: str) -> None:
         DoPFNRegressor(checkpoint).fit(*change(*table()))
 
 
+# What later rows hold in place of "dose", and what the message says.
+WRONG_QUERIES = {
+    "inf": (lambda X: X.assign(dose=np.inf), "column 'dose' holds inf in row 0.*use NaN"),
+    "dates": (
+        lambda X: X.assign(dose=pd.Timestamp("2021-01-01")),
+        "column 'dose' holds dates.*days since",
+    ),
+    "text": (lambda X: X.assign(dose="low"), "column 'dose' held numbers .* now holds 'low'"),
+    "overflow": (lambda X: X.assign(dose=10**400), "column 'dose' holds inf in row 0.*rescale"),
+    "a column less": (lambda X: X.drop(columns="dose"), "X lacks 'dose'.* in any order"),
+    "a column more": (lambda X: X.assign(extra=1), "X has 'extra' in addition.* in any order"),
+    "one row without its axis": (lambda X: X.iloc[0], r"X has shape \(3,\)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_QUERIES)
+def test_refused_queries(fitted, name: str) -> None:
+    change, message = WRONG_QUERIES[name]
+    with pytest.raises(TableError, match=message):
+        fitted.cate(change(table()[0]))
+
+
 def test_queries(checkpoint, fitted) -> None:
     X, t, y = table()
     np.testing.assert_array_equal(fitted.cate(X[["score", "age", "dose"]]), fitted.cate(X))
     assert fitted.cate(X[:0]).shape == (0,)
+    for same in (X.astype(object), X.astype(str), X.set_index(np.repeat("row", ROWS))):
+        np.testing.assert_allclose(fitted.cate(same), fitted.cate(X), rtol=1e-4)
+    with pytest.warns(UserWarning, match="matched by position"):
+        np.testing.assert_array_equal(fitted.cate(X.to_numpy()), fitted.cate(X))
     model = DoPFNRegressor(checkpoint).fit(X.assign(dose=np.where(K > 0, "yes", "no")), t, y)
     with pytest.raises(TableError, match=r"'dose' holds 'maybe', unseen.*use NaN for an unknown"):
         model.cate(X.assign(dose="maybe"))
@@ -135,9 +188,10 @@ KINDS: list[Callable[[np.ndarray], Any]] = [
     queries=st.integers(0, 16),
     seed=st.integers(0, 2**31),
     scale=st.sampled_from([1e-20, 1.0, 1e20]),
+    transform=st.sampled_from(TRANSFORMS),
 )
 def test_any_table_of_good_columns_is_answered(
-    checkpoint, kinds, rows: int, queries: int, seed: int, scale: float
+    checkpoint, kinds, rows: int, queries: int, seed: int, scale: float, transform: str
 ) -> None:
     generator = np.random.default_rng(seed)
     columns = {f"c{i}": kind(generator.normal(size=rows)) for i, kind in enumerate(kinds)}
@@ -145,7 +199,7 @@ def test_any_table_of_good_columns_is_answered(
     query = X.iloc[generator.integers(rows, size=queries)]
     t = generator.permutation(np.arange(rows) % 2)
     y = scale * generator.normal(size=rows)
-    model = DoPFNRegressor(checkpoint).fit(X, t, y)
+    model = DoPFNRegressor(checkpoint, transforms=(transform,)).fit(X, t, y)
     effects = model.cate(query)
     assert effects.shape == (queries,)
     assert np.isfinite(effects).all()

@@ -304,6 +304,7 @@ class TestConventions:
         assert clone(model).get_params() == {
             "checkpoint": "name",
             "n_estimators": 1,
+            "transforms": ("none",),
             "n_resamples": 8,
             "max_context": 10_000,
             "cache": True,

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
+from dopfn_jax.cli.evaluate import QUICK_METHODS
 from dopfn_jax.evaluation.runner import read_table
-from scripts.evaluate import QUICK_METHODS, main
+from scripts.evaluate import main
 
 
 def evaluate(tmp_path, *arguments):
@@ -18,8 +19,11 @@ def test_scores_simple_methods_and_goes_on_where_it_stopped(tmp_path, capsys):
     results = tmp_path / "out" / "results.jsonl"
     before = results.read_text()
     assert len(read_table(results)) == 12
-    assert evaluate(tmp_path, *command) == 0
+    assert evaluate(tmp_path, *command, "--json") == 0
     assert results.read_text() == before
+    medians = json.loads(capsys.readouterr().out)["medians"]["simulated"]["pehe"]
+    assert len(medians) == 6
+    assert medians["nie_wager_a"]["linear"] > 0
 
 
 @pytest.mark.slow

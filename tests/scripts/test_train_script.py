@@ -47,15 +47,13 @@ def config_of_run(steps: int = STEPS) -> Config:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compile_quickly() -> Iterator[None]:
-    """Unoptimised programs mean the same; this and the compilation cache save most of the time."""
+def _compile_quickly(compile_quickly: None) -> Iterator[None]:
+    """Here and in processes that are started; the compilation cache saves most of what is left."""
     make_mesh()  # so that --mesh cannot change this process's devices any more
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPOSITORY))
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for processes started here
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @dataclass
@@ -247,6 +245,9 @@ def test_resuming_a_finished_run_says_so(
     before = read_log(reference)
     assert main([*arguments(reference), "--resume"]) == 0
     assert f"{STEPS} of {STEPS} steps done" in capsys.readouterr().out
+    assert main([*arguments(reference), "--resume", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["step"], facts["steps"], facts["resume_command"]) == (STEPS, STEPS, None)
     assert read_log(reference) == before
 
 

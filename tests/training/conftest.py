@@ -1,7 +1,7 @@
 """Fixtures of the training tests: the smoke preset on one device, and its compiled functions."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,14 +11,12 @@ import pytest
 from dopfn_jax.config import Config
 from dopfn_jax.sharding import make_mesh
 from dopfn_jax.training.step import Trainer, TrainState
+from tests.compilation import compiling_quickly
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _compile_quickly() -> Iterator[None]:
-    """Unoptimised programs mean the same and compile in a third of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly(compile_quickly: None) -> None:
+    """For every module here."""
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +33,8 @@ def trainer(config: Config) -> Trainer:
 @pytest.fixture(scope="package")
 def first_state(trainer: Trainer) -> TrainState:
     """The state before step 0; a step would donate it, so give it a copy from `fresh`."""
-    return trainer.init()
+    with compiling_quickly():
+        return trainer.init()
 
 
 @pytest.fixture(scope="package")

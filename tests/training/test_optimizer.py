@@ -8,7 +8,9 @@ from flax import nnx
 
 from dopfn_jax.config import Config, TrainingConfig
 from dopfn_jax.model.transformer import DoPFN
+from dopfn_jax.sharding import make_mesh
 from dopfn_jax.training.optimizer import ADAM_SHARE, make_optimizer, make_schedule
+from dopfn_jax.training.step import Trainer
 
 
 def test_schedule_warms_up_peaks_and_ends_at_its_share() -> None:
@@ -24,6 +26,17 @@ def test_schedule_warms_up_peaks_and_ends_at_its_share() -> None:
 def test_a_short_run_warms_up_over_half_of_it() -> None:
     config = TrainingConfig(steps=10, warmup_steps=1000, learning_rate=1e-3)
     assert float(make_schedule(config)(5)) == pytest.approx(1e-3)
+
+
+def test_one_compiled_step_serves_every_schedule() -> None:
+    smoke = Config.load("smoke")
+    other = {"steps": 7, "learning_rate": 1e-5, "warmup_steps": 3, "final_learning_rate_share": 0.5}
+    changed = dataclasses.replace(
+        smoke, training=dataclasses.replace(smoke.training, seed=9, **other)
+    )
+    shape, mesh = smoke.training.shapes[0], make_mesh((1, 1))
+    first, second = (Trainer(config, mesh).lower_step(shape) for config in (smoke, changed))
+    assert first.as_text() == second.as_text()
 
 
 def names(tree: object) -> set[str]:

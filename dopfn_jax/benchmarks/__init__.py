@@ -1,0 +1,1 @@
+"""Throughput, measured against what people would use instead; see `scripts/benchmark.py`."""

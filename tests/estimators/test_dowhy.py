@@ -1,0 +1,88 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from dopfn_jax.estimators import DoPFNRegressor
+
+pytest.importorskip("dowhy")
+from dowhy import CausalModel
+
+from dopfn_jax.interop.dowhy import DoPFNEstimator
+
+NAME = "backdoor.dopfn_jax.interop.dowhy.DoPFNEstimator"
+
+
+@pytest.fixture(scope="module")
+def data() -> pd.DataFrame:
+    """A confounder that is text, a modifier, and a column that is no covariate."""
+    generator = np.random.default_rng(0)
+    frame = pd.DataFrame({"age": generator.normal(size=60), "other": generator.normal(size=60)})
+    frame["site"] = generator.choice(["a", "b"], 60)
+    frame["drug"] = generator.integers(2, size=60)
+    noise = generator.normal(size=60)
+    return frame.assign(weight=frame["drug"] * frame["age"] + (frame["site"] == "a") + noise)
+
+
+@pytest.fixture(scope="module")
+def model(data: pd.DataFrame) -> CausalModel:
+    roles = {"treatment": "drug", "outcome": "weight", "common_causes": ["site"]}
+    return CausalModel(data, **roles, effect_modifiers=["age"])
+
+
+@pytest.fixture(scope="module")
+def direct(data: pd.DataFrame, checkpoint) -> DoPFNRegressor:
+    """What the adapter should ask."""
+    regressor = DoPFNRegressor(checkpoint, n_resamples=4)
+    return regressor.fit(data[["site", "age"]], data["drug"], data["weight"])
+
+
+@pytest.fixture(scope="module")
+def ask(model: CausalModel, checkpoint):
+    def ask(**options):
+        params = {"init_params": {"checkpoint": checkpoint, "n_resamples": 4}}
+        estimand = model.identify_effect(proceed_when_unidentifiable=True)
+        return model.estimate_effect(estimand, NAME, method_params=params, **options)
+
+    return ask
+
+
+def test_gives_the_regressors_answers(ask, direct: DoPFNRegressor, data: pd.DataFrame) -> None:
+    estimate = ask()
+    assert estimate.value == pytest.approx(direct.ate(), rel=1e-5)
+    np.testing.assert_allclose(estimate.cate_estimates, direct.cate(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        estimate.get_confidence_intervals(0.9), direct.ate_interval(alpha=0.1), rtol=1e-4
+    )
+    low, high = direct.ate_interval()
+    assert estimate.get_standard_error() == pytest.approx((high - low) / 3.919928, rel=1e-4)
+    # By five bins of age, of twelve rows each.
+    assert estimate.conditional_estimates.mean() == pytest.approx(direct.ate(), rel=1e-4)
+    assert "p(weight | do(drug), site, age)" in str(estimate)
+    assert isinstance(estimate.estimator, DoPFNEstimator)
+
+
+def test_units_and_directions(ask, direct: DoPFNRegressor, data: pd.DataFrame) -> None:
+    assert ask(target_units="att").value == pytest.approx(direct.att(), rel=1e-4)
+    assert ask(target_units="atc").value == pytest.approx(direct.atc(), rel=1e-4)
+    old = data[data["age"] > 0]
+    expected = pytest.approx(direct.ate(old[["site", "age"]]), rel=1e-4)
+    assert ask(target_units=lambda frame: frame["age"] > 0).value == expected
+    assert ask(target_units=old).value == expected
+    backwards = ask(treatment_value=0, control_value=1)
+    assert backwards.value == pytest.approx(-direct.ate(), rel=1e-5)
+    low, high = backwards.get_confidence_intervals(0.95)
+    assert low < backwards.value < high
+
+
+def test_refuters_take_the_estimate(ask, model: CausalModel) -> None:
+    estimate = ask()
+    for method, options in {
+        "placebo_treatment_refuter": {"placebo_type": "permute"},
+        "random_common_cause": {},
+        "data_subset_refuter": {"subset_fraction": 0.8},
+    }.items():
+        refutation = model.refute_estimate(
+            estimate.target_estimand, estimate, method, num_simulations=2, **options
+        )
+        assert np.isfinite(refutation.new_effect)
+        assert refutation.new_effect != estimate.value
