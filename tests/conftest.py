@@ -74,7 +74,9 @@ def checkpoint() -> "Checkpoint":
 
     config = Config(
         prior=PriorConfig(max_nodes=7),
-        model=ModelConfig(width=16, layers=2, heads=2, features_per_token=0, buckets=16),
+        model=ModelConfig(
+            width=16, layers=2, heads=2, features_per_token=0, linear_fit=True, buckets=16
+        ),
     )
 
     def build() -> DoPFN:

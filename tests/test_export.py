@@ -29,7 +29,9 @@ assert not {"flax", "dopfn_jax.model.transformer"} & set(sys.modules)
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    model = ModelConfig(width=16, layers=2, heads=2, features_per_token=1, buckets=16)
+    model = ModelConfig(
+        width=16, layers=2, heads=2, features_per_token=1, linear_fit=True, buckets=16
+    )
     config = Config(prior=PriorConfig(max_nodes=6), model=model)
 
     def build() -> DoPFN:
@@ -68,7 +70,8 @@ def test_a_process_without_flax_gives_the_same_answers(checkpoint, artefact, tmp
     x, t, y, query, query_t = parts.values()
     context = jax.jit(encode)(checkpoint.model, x, t, y)
     expected = jax.jit(predict)(checkpoint.model, context, query, query_t)
-    np.testing.assert_allclose(found["logits"], expected.logits, atol=1e-4)
+    # Logits of this head reach 12, and regressions of so few rows magnify rounding.
+    np.testing.assert_allclose(found["logits"], expected.logits, atol=1e-3)
     np.testing.assert_allclose(found["borders"], expected.borders, rtol=1e-5)
     assert np.std(found["mean"]) > 0.01
 

@@ -20,7 +20,12 @@ def random_model(features_per_token: int) -> DoPFN:
 
     def build() -> DoPFN:
         config = ModelConfig(
-            width=16, layers=2, heads=2, features_per_token=features_per_token, buckets=16
+            width=16,
+            layers=2,
+            heads=2,
+            features_per_token=features_per_token,
+            linear_fit=True,
+            buckets=16,
         )
         model = DoPFN(config, rngs=nnx.Rngs(0))
         model.head.kernel[...] *= 100

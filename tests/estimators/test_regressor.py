@@ -233,8 +233,8 @@ class TestSaving:
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         effects, interval = json.loads(result.stdout)
-        np.testing.assert_allclose(effects, fitted.cate(), rtol=1e-5)
-        np.testing.assert_allclose(interval, fitted.ate_interval(), rtol=1e-5)
+        assert_same(effects, fitted.cate(), tolerance=1e-5)
+        assert_same(interval, fitted.ate_interval(), tolerance=1e-5)
 
     def test_settings_and_names_come_back(self, checkpoint, tmp_path) -> None:
         folder = tmp_path / "weights"
