@@ -73,7 +73,7 @@ def _model(features_per_token: int, **changes: Any) -> DoPFN:
         mlp_ratio=2,
         buckets=BUCKETS,
         features_per_token=features_per_token,
-        linear_fit=features_per_token != 1,
+        linear_fit=features_per_token == 0,
         **changes,
     )
     rng = np.random.default_rng(1)
