@@ -60,6 +60,7 @@ EVERYTHING = Config(
         heads=5,
         mlp_ratio=2,
         features_per_token=3,
+        linear_fit=True,
         buckets=7,
         uniform_border_share=0.5,
         compute_dtype="bfloat16",

@@ -233,8 +233,9 @@ class TestSaving:
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         effects, interval = json.loads(result.stdout)
-        assert_same(effects, fitted.cate(), tolerance=1e-5)
-        assert_same(interval, fitted.ate_interval(), tolerance=1e-5)
+        # Compiled with optimisations there, and without here.
+        assert_same(effects, fitted.cate())
+        assert_same(interval, fitted.ate_interval())
 
     def test_settings_and_names_come_back(self, checkpoint, tmp_path) -> None:
         folder = tmp_path / "weights"

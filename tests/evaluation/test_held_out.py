@@ -52,6 +52,7 @@ def test_wilson_interval_as_published() -> None:
     assert _wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_coverage_counts_outcomes_inside_the_interval(ignorant: Checkpoint) -> None:
     table = calibration(ignorant, tasks=40, context_rows=(16,))
     (row,) = table.to_dict("records")

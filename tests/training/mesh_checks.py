@@ -82,7 +82,7 @@ def keep_gradient(make: Callable[..., optax.GradientTransformation]) -> Callable
         lambda params: jax.tree.map(jnp.zeros_like, params),
         lambda updates, state, params=None: (updates, updates),
     )
-    return lambda config: optax.chain(keep, make(config))
+    return lambda *arguments: optax.chain(keep, make(*arguments))
 
 
 def run(
