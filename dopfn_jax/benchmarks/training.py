@@ -22,7 +22,7 @@ from dopfn_jax.prior import Task
 from dopfn_jax.sharding import make_mesh
 from dopfn_jax.training import step as step_module
 from dopfn_jax.training.flops import measured_peak, model_flops
-from dopfn_jax.training.step import Metrics, Trainer, TrainState, score
+from dopfn_jax.training.step import Metrics, Trainer, TrainState, answer, score
 
 FUSED, AS_CONFIGURED = "dopfn_jax, fused", "dopfn_jax, fused, as configured"
 CONSTANT, UNFUSED = "dopfn_jax, constant batch", "dopfn_jax, NumPy prior on the host"
@@ -213,15 +213,7 @@ def _copy(state: TrainState) -> TrainState:
 @jax.jit
 def logits_of(model: DoPFN, task: Task) -> jax.Array:
     """(B, M, Q) of the queries of a batch."""
-    return model(
-        task.context_x,
-        task.context_t,
-        task.context_y,
-        task.context_mask,
-        task.covariate_mask,
-        task.query_x,
-        task.query_t,
-    )[0]
+    return answer(model, task)[0]
 
 
 def _utilisation(

@@ -24,6 +24,7 @@ from dopfn_jax.evaluation.generated import STUDIES, write_dataset
 from dopfn_jax.evaluation.metrics import Answer, compare_methods, score
 from dopfn_jax.model.transformer import DoPFN
 from dopfn_jax.prior import sample_tasks
+from dopfn_jax.training.step import answer
 from dopfn_jax.wide.task import sample_wide_tasks
 
 CONTEXT_ROWS = (16, 64, 256, 1024)
@@ -82,15 +83,7 @@ def _inside(model: DoPFN, key: jax.Array, *, config, shape, tasks: int) -> jax.A
         task = sample_wide_tasks(keys, config, shape.rows, shape.context, shape.covariates)
     else:
         task = sample_tasks(keys, config, shape.rows, shape.context)
-    logits, scaler = model(
-        task.context_x,
-        task.context_t,
-        task.context_y,
-        task.context_mask,
-        task.covariate_mask,
-        task.query_x,
-        task.query_t,
-    )
+    logits, scaler = answer(model, task)
     quantile = model.distribution(logits).cdf(scaler.outcome(task.query_y))
     counts = task.query_mask & task.valid[:, None]
     hits = [(counts & (jnp.abs(quantile - 0.5) <= level / 2)).sum() for level in LEVELS]

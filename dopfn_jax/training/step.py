@@ -346,9 +346,9 @@ class Score:
         return self.total / jnp.maximum(self.weight.sum(), 1.0)
 
 
-def score(model: DoPFN, task: Task) -> Score:
-    """Compares the model's answers with the targets of a batch of tasks."""
-    logits, scaler = model(
+def answer(model: DoPFN, task: Task) -> tuple[jax.Array, Scaler]:
+    """The model's logits (B, M, Q) for the queries of a batch of tasks, and its standardisation."""
+    return model(
         task.context_x,
         task.context_t,
         task.context_y,
@@ -357,6 +357,11 @@ def score(model: DoPFN, task: Task) -> Score:
         task.query_x,
         task.query_t,
     )
+
+
+def score(model: DoPFN, task: Task) -> Score:
+    """Compares the model's answers with the targets of a batch of tasks."""
+    logits, scaler = answer(model, task)
     prediction, target = model.distribution(logits), scaler.outcome(task.query_y)
     limited = jnp.clip(target, -TARGET_LIMIT, TARGET_LIMIT)
     return Score(

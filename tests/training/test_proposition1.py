@@ -24,7 +24,7 @@ from dopfn_jax.model.standardise import Scaler
 from dopfn_jax.model.transformer import DoPFN
 from dopfn_jax.prior import Task
 from dopfn_jax.training.optimizer import make_optimizer
-from dopfn_jax.training.step import score
+from dopfn_jax.training.step import answer, score
 
 EFFECT = 2.0
 TASKS, CONTEXT, QUERIES = 32, 12, 8
@@ -106,15 +106,7 @@ def report_on(model: DoPFN, task: Task, posterior: Posterior) -> dict[str, jax.A
     best = -jax.scipy.stats.t.logpdf(task.query_y, *posterior).mean()
     # A density per standard deviation of the table becomes one per unit of y.
     units = jnp.log(scaler.y_scale).mean()
-    logits, _ = model(
-        task.context_x,
-        task.context_t,
-        task.context_y,
-        task.context_mask,
-        task.covariate_mask,
-        task.query_x,
-        task.query_t,
-    )
+    logits, _ = answer(model, task)
     mean = model.distribution(logits).mean * scaler.y_scale + scaler.y_loc
     blind = jax.scipy.stats.norm.logpdf(task.query_y, scaler.y_loc, scaler.y_scale)
 
