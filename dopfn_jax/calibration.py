@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dopfn_jax.cells import Data, TableError
 from dopfn_jax.estimators import DoPFNRegressor
 from dopfn_jax.model.bar_distribution import BarDistribution
-from dopfn_jax.tables import Data, TableError, read_outcome
+from dopfn_jax.tables import read_outcome
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 

@@ -246,7 +246,7 @@ class ModelConfig:
     linear_fit: bool = False
     # Buckets of the bar distribution.
     buckets: int = 100
-    # Share of bucket borders spaced evenly over the central range of y, not by its quantiles.
+    # Share of bucket borders spaced evenly, far out in proportion to y, not by quantiles of y.
     uniform_border_share: float = 0.0
     # Arithmetic of the layers; parameters and the bar distribution stay in float32.
     compute_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -11,11 +11,7 @@ remedy.
 Axes: N rows of the table, M rows of a query, F covariates.
 """
 
-import datetime
-import decimal
 import math
-import numbers
-import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,25 +22,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-# What covariates, treatment and outcome may come as.
-Data = ArrayLike | pd.DataFrame | pd.Series
+from dopfn_jax.cells import Data, TableError, encode, listed, read_array, read_cells
 
-_LARGEST = float(np.finfo(np.float32).max)
 # Standardised cells are clipped here: far beyond any use, yet safe to square in float32.
 _FAR = 1e15
-
-_DATES = (
-    datetime.date,
-    datetime.time,
-    datetime.timedelta,
-    np.datetime64,
-    np.timedelta64,
-    pd.Period,
-)
-
-
-class TableError(ValueError):
-    """A table that cannot be used; the message names the column, the value and the remedy."""
 
 
 class Table(NamedTuple):
@@ -154,6 +135,7 @@ class Schema:
         Raises:
             TableError: a shape, column or value that cannot be used.
         """
+        _check_order(X, t, y)
         treatment, outcome = read_treatment(t), read_outcome(y)
         frame, named = _read_frame(X, len(treatment))
         rows = {"X": len(frame), "t": len(treatment), "y": len(outcome)}
@@ -174,7 +156,7 @@ class Schema:
             )
         columns, cells = [], []
         for name, series in frame.items():
-            values, categories = _read_cells(series, f"column {name!r}")
+            values, categories = read_cells(series, f"column {name!r}")
             column = Column(cast("str | int", name), categories, Scale.fit(values))
             columns.append(column)
             cells.append(column.scale.standardise(values))
@@ -201,7 +183,7 @@ class Schema:
         known = [column.name for column in self.columns]
         if X is None and known:
             raise TableError(
-                f"X is None, but the table was fitted with covariates: {_list(known)}."
+                f"X is None, but the table was fitted with covariates: {listed(known)}."
             )
         frame, named = _read_frame(X, rows)
         by_name = named and self.named
@@ -258,7 +240,7 @@ def read_treatment(t: Data) -> NDArray[np.float32]:
     if categories is not None or not np.isin(values, (0, 1)).all():
         example = f", for example as t == {found[1]}" if len(found) == 2 else ""
         raise TableError(
-            f"{label} must hold 0 and 1 (or booleans), but holds {_list(found, str)}: recode "
+            f"{label} must hold 0 and 1 (or booleans), but holds {listed(found, str)}: recode "
             f"it{example}."
         )
     return values.astype(np.float32)
@@ -274,7 +256,7 @@ def read_outcome(y: Data) -> NDArray[np.float64]:
     values, categories = _read_vector(y, label)
     if categories is not None:
         raise TableError(
-            f"{label} must hold numbers, but holds {_list(categories)}: recode it as numbers."
+            f"{label} must hold numbers, but holds {listed(categories)}: recode it as numbers."
         )
     return values
 
@@ -288,20 +270,20 @@ def _label(role: str, values: Data) -> str:
 
 
 def _read_vector(values: Data, label: str) -> tuple[NDArray[np.float64], tuple[str, ...] | None]:
-    """As `_read_cells`, for one value per row and none missing."""
+    """As `read_cells`, for one value per row and none missing."""
     if isinstance(values, pd.DataFrame) and values.shape[1] == 1:
         values = values.iloc[:, 0]
     if isinstance(values, pd.Series):
         # Categories that are numbers count as these numbers here, not as codes.
         series = values.astype(object) if isinstance(values.dtype, pd.CategoricalDtype) else values
     else:
-        array = _read_array(values, label)
+        array = read_array(values, label)
         if array.ndim == 2 and array.shape[1] == 1:
             array = array[:, 0]
         if array.ndim != 1:
             raise TableError(f"{label} has shape {array.shape}, but must hold one value per row.")
         series = pd.Series(array)
-    numbers_, categories = _read_cells(series, label)
+    numbers_, categories = read_cells(series, label)
     missing = np.isnan(numbers_)
     if missing.any():
         raise TableError(
@@ -321,22 +303,28 @@ def _read_frame(X: Data | None, rows: int) -> tuple[pd.DataFrame, bool]:
         if len(repeated):
             raise TableError(f"X has more than one column {repeated[0]!r}: rename or drop one.")
         return frame, True
-    array = _read_array(X, "X")
+    array = read_array(X, "X")
     if array.ndim != 2:
         remedy = "; for one covariate use X.reshape(-1, 1)" if array.ndim == 1 else ""
         raise TableError(f"X has shape {array.shape}, but must be (rows, covariates){remedy}.")
     return pd.DataFrame(array), False
 
 
-def _read_array(values: Data, label: str) -> np.ndarray:
-    if isinstance(values, np.ma.MaskedArray):
-        values = np.ma.filled(values.astype(object), np.nan)
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise TableError(f"{label} cannot be read as an array: {error}") from error
-    # JAX's short floats, such as bfloat16, are no NumPy numbers.
-    return array.astype(np.float32) if array.dtype.kind == "V" and not array.dtype.names else array
+def _check_order(X: Data | None, t: Data, y: Data) -> None:
+    """Refuses pandas objects whose indexes order the same rows in two ways; rows go by position."""
+    labelled = {
+        name: values.index
+        for name, values in {"X": X, "t": t, "y": y}.items()
+        if isinstance(values, pd.DataFrame | pd.Series)
+    }
+    for name, index in labelled.items():
+        first, expected = next(iter(labelled.items()))
+        same_labels = len(index) == len(expected) and index.isin(expected).all()
+        if same_labels and index.is_unique and not index.equals(expected):
+            raise TableError(
+                f"{first} and {name} have the same index in another order, but rows are matched by "
+                f"position: pass {name}.loc[{first}.index]."
+            )
 
 
 def _level_outside() -> int:
@@ -350,167 +338,27 @@ def _level_outside() -> int:
 def _check_names(known: Sequence[str | int], given: Sequence[str]) -> None:
     missing = [name for name in known if name not in given]
     unknown = [name for name in given if name not in known]
-    problems = [f"lacks {_list(missing)}"] if missing else []
-    problems += [f"has {_list(unknown)} in addition"] if unknown else []
+    problems = [f"lacks {listed(missing)}"] if missing else []
+    problems += [f"has {listed(unknown)} in addition"] if unknown else []
     if problems:
         raise TableError(
             f"X {' and '.join(problems)}: its columns must be those that were fitted, "
-            f"{_list(known, most=20)}, in any order."
+            f"{listed(known, most=20)}, in any order."
         )
-
-
-def _read_cells(cells: pd.Series, label: str) -> tuple[NDArray[np.float64], tuple[str, ...] | None]:
-    """Numbers or codes, NaN where missing, and the categories that codes stand for."""
-    dtype = cells.dtype
-    if dtype.kind in "mM":
-        raise _date_error(label, cells.iloc[0] if len(cells) else dtype)
-    if dtype.kind == "c":
-        raise TableError(f"{label} holds complex numbers: use real ones.")
-    if isinstance(dtype, pd.CategoricalDtype):
-        return _read_categories(cells, list(dtype.categories), label)
-    if dtype.kind in "biuf":
-        values = cells.to_numpy(np.float64, na_value=np.nan)
-        return _check_finite(values, label), None
-
-    codes, distinct = _factorise(cells, label)
-    values = np.array([_as_number(value, label) for value in distinct], np.float64)
-    text = [value for value, number in zip(distinct, values, strict=True) if np.isnan(number)]
-    text = [value for value in text if not _is_missing(value)]
-    if not text:
-        return _check_finite(np.append(values, np.nan)[codes], label), None
-    if not np.isnan(values).all():
-        raise TableError(
-            f"{label} mixes numbers with text ({text[0]!r}): make such cells NaN or, if they are "
-            "categories, pass the column as a pandas categorical."
-        )
-    dates = [value for value in text if _DATE_TEXT.fullmatch(value.strip())]
-    if 2 * len(dates) >= len(text):
-        raise _date_error(label, dates[0])
-    return _read_categories(cells, sorted(text), label)
 
 
 def _read_known_cells(cells: pd.Series, column: Column) -> NDArray[np.float32]:
     """Standardised cells of a column that has been fitted."""
     label = f"column {column.name!r}"
     if column.categories is not None:
-        return column.scale.standardise(_encode(cells, column.categories, label))
-    values, categories = _read_cells(cells, label)
+        return column.scale.standardise(encode(cells, column.categories, label))
+    values, categories = read_cells(cells, label)
     if categories is not None:
         raise TableError(
-            f"{label} held numbers in the fitted table, but now holds {_list(categories)}."
+            f"{label} held numbers in the fitted table, but now holds {listed(categories)}."
         )
     return column.scale.standardise(values)
 
 
-def _read_categories(
-    cells: pd.Series, categories: Sequence[Any], label: str
-) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    dates = [category for category in categories if isinstance(category, _DATES)]
-    if dates:
-        raise _date_error(label, dates[0])
-    known = (_category(category) for category in categories if not _is_missing(category))
-    names = tuple(dict.fromkeys(known))
-    return _encode(cells, names, label), names
-
-
-def _encode(cells: pd.Series, categories: Sequence[str], label: str) -> NDArray[np.float64]:
-    """Positions of the cells among the categories, NaN where missing."""
-    codes, distinct = _factorise(cells, label)
-    position = {category: float(index) for index, category in enumerate(categories)}
-    present = [value for value in distinct if not _is_missing(value)]
-    unseen = [value for value in present if _category(value) not in position]
-    if unseen:
-        raise TableError(
-            f"{label} holds {_list(unseen)}, unseen in the fitted table, which had "
-            f"{_list(categories)}: use NaN for an unknown category."
-        )
-    values = [np.nan if _is_missing(value) else position[_category(value)] for value in distinct]
-    return np.append(values, np.nan)[codes]
-
-
-def _factorise(cells: pd.Series, label: str) -> tuple[NDArray[np.intp], list[Any]]:
-    """For each cell its index into the list of distinct values, -1 where missing."""
-    try:
-        codes, distinct = pd.factorize(cells)
-    except TypeError as error:  # values that cannot be hashed
-        raise TableError(f"{label} holds values that are no numbers or text: {error}") from error
-    return codes, list(distinct)
-
-
-def _as_number(value: Any, label: str) -> float:
-    """A cell as a number; NaN for text that is none."""
-    if isinstance(value, _DATES):
-        raise _date_error(label, value)
-    if not isinstance(value, (str, numbers.Real, np.bool_, decimal.Decimal)):
-        kind = type(value).__name__
-        raise TableError(f"{label} holds a value of type {kind}: use numbers or text.")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-    except ValueError:
-        return math.nan
-
-
-def _is_missing(value: Any) -> bool:
-    """Whether a distinct value stands for a missing cell."""
-    return isinstance(value, str) and value.strip().lower() in ("", "nan")
-
-
-def _category(value: Any) -> str:
-    """Name of a category: the same for "1", 1 and 1.0."""
-    is_number = isinstance(value, numbers.Real) and value is not True and value is not False
-    return f"{float(value):.17g}" if is_number else str(value).strip()
-
-
-def _check_finite(values: NDArray[np.float64], label: str) -> NDArray[np.float64]:
-    bad = np.abs(values) > _LARGEST
-    if bad.any():
-        row = bad.argmax()
-        raise TableError(
-            f"{label} holds {values[row]:g} in row {row}, but numbers must be finite and within "
-            f"the float32 range ({_LARGEST:.1e}): use NaN for a missing cell, or rescale."
-        )
-    return values
-
-
-def _date_error(label: str, example: Any) -> TableError:
-    return TableError(
-        f"{label} holds dates or times ({str(example)!r}), which are not covariates: leave it out, "
-        "or replace it by a number, such as the days since a fixed day."
-    )
-
-
 def _stack(cells: Sequence[NDArray[np.float32]], rows: int) -> NDArray[np.float32]:
     return np.stack(cells, axis=1) if cells else np.zeros((rows, 0), np.float32)
-
-
-def _list(values: Sequence[Any], show: Any = repr, most: int = 5) -> str:
-    """The first values, separated by commas, for a message."""
-    shown = ", ".join(show(value) for value in values[:most])
-    return shown + (f" and {len(values) - most} more" if len(values) > most else "")
-
-
-def _date_text() -> re.Pattern[str]:
-    """Matches text that is a date, a time of day, or both."""
-    day, month = "(0?[1-9]|[12][0-9]|3[01])", "(0?[1-9]|1[0-2])"
-    name = (
-        "(jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|aug(ust)?|sept?(ember)?"
-        "|oct(ober)?|nov(ember)?|dec(ember)?)"
-    )
-    dates = [
-        rf"[0-9]{{4}}[-/.]{month}([-/.]{day})?",  # 2021-01-31, 2021/01
-        rf"{day}[-/.]{day}[-/.]([0-9]{{4}}|[0-9]{{2}})",  # 31.01.2021, 1/31/21
-        rf"{day}[-. ]*{name}[-., ]*([0-9]{{4}}|[0-9]{{2}})?",  # 31 Jan 2021, 31-Jan
-        rf"{name}[-. ]*{day}(,? *[0-9]{{4}})?",  # January 31, 2021
-        rf"{name}[-., ]*[0-9]{{4}}",  # Jan 2021
-        r"[0-9]{4}[- ]?q[1-4]",  # 2021Q1
-    ]
-    weekday = "((mon|tues?|wed(nes)?|thu(rs)?|fri|sat(ur)?|sun)(day)?[., ]+)?"
-    clock = r"[0-9]{1,2}:[0-9]{2}(:[0-9]{2}([.,][0-9]+)?)?( ?[ap]\.?m\.?)?"
-    zone = "( ?(z|utc|gmt|[-+][0-9]{2}:?[0-9]{2}))?"
-    pattern = rf"{weekday}({'|'.join(dates)})([t, ]+{clock}{zone})?|{clock}{zone}"
-    return re.compile(pattern, re.IGNORECASE)
-
-
-_DATE_TEXT = _date_text()

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dopfn_jax.tables import Scale, Schema, TableError, read_treatment
+from dopfn_jax.cells import TableError
+from dopfn_jax.tables import Scale, Schema, read_treatment
 
 T = np.array([0, 1, 0, 1, 0, 1])
 Y = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 7.0])
@@ -162,6 +164,8 @@ class TestRefused:
             ([0, -np.inf, 2, 3, 4, 5], "column 'a' holds -inf in row 1"),
             ([0, 1, 2, 3, 4, 1e39], r"column 'a' holds 1e\+39 in row 5.*float32 range.*rescale"),
             ([0, 1, 2, 3, 4, 10**400], "column 'a' holds inf in row 5"),
+            (["3%", "10%", "7 %", "0%", None, "1%"], "column 'a' holds numbers with signs.*'3%'"),
+            (["$1,200", "$90", "$7.50", "$0", "$1", "$2"], r"holds numbers with .*'\$1,200'"),
             (pd.date_range("2021-01-01", periods=6), "column 'a' holds dates or times"),
             (pd.date_range("2021-01-01", periods=6, tz="UTC"), "dates or times"),
             (pd.period_range("2021-01", periods=6, freq="M"), "dates or times"),
@@ -243,6 +247,32 @@ class TestRefused:
     def test_outcome(self, y, message: str) -> None:
         with pytest.raises(TableError, match=message):
             fit(np.zeros((6, 1)), T, y)
+
+    @pytest.mark.parametrize(
+        ("X", "message"),
+        [
+            ({"a": Y}, "X is a dict: pass it as a pandas DataFrame"),
+            (scipy.sparse.eye(6).tocsr(), r"X is a sparse matrix: .* toarray\(\)"),
+        ],
+    )
+    def test_other_containers(self, X, message: str) -> None:
+        with pytest.raises(TableError, match=message):
+            fit(X)
+
+    def test_rows_in_another_order(self) -> None:
+        X = pd.DataFrame({"a": Y}, index=list("uvwxyz"))
+        t = pd.Series(T, index=X.index)
+        shuffled = t.loc[list("zyxwvu")]
+        with pytest.raises(TableError, match=r"X and t have .* another order.*t\.loc\[X\.index\]"):
+            Schema.fit(X, shuffled, Y)
+        # Other labels, repeated ones, or none say nothing about the order.
+        for other in (
+            shuffled.reset_index(drop=True),
+            shuffled.set_axis(["u"] * 6),
+            shuffled.array,
+        ):
+            assert Schema.fit(X, other, Y)[1].t.tolist() == shuffled.tolist()
+        assert Schema.fit(X, shuffled.loc[X.index], Y)[1].t.tolist() == t.tolist()
 
     @pytest.mark.parametrize("X", [None, np.empty((0, 2)), pd.DataFrame({"a": []})])
     def test_empty_table(self, X) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dopfn_jax.cells import Data, TableError
 from dopfn_jax.estimators.fitting import InContextEstimator
-from dopfn_jax.tables import Data, Schema, TableError, read_treatment
+from dopfn_jax.tables import Schema, read_treatment
 
 # Labels of subgroups: a column of the table, or one label per row (a mask, for example).
 By = str | int | Data

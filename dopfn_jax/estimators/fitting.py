@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from dopfn_jax.cells import Data, TableError
 from dopfn_jax.checkpoints import DEFAULT_CHECKPOINT, Checkpoint, from_pretrained
 from dopfn_jax.estimators.diagnostics import UnlikePriorWarning, unlike_prior
 from dopfn_jax.estimators.inference import (
@@ -29,7 +30,7 @@ from dopfn_jax.estimators.transforms import TRANSFORMS, Transform
 from dopfn_jax.estimators.views import View, context_share, draw_views, random_part
 from dopfn_jax.model.bar_distribution import BarDistribution
 from dopfn_jax.model.transformer import EncodedContext
-from dopfn_jax.tables import Data, Schema, Table, TableError, read_treatment
+from dopfn_jax.tables import Schema, Table, read_treatment
 
 
 class InContextEstimator(BaseEstimator):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
+from dopfn_jax.cells import Data, TableError
 from dopfn_jax.estimators import archive
 from dopfn_jax.estimators.batch import Question, answer_all
 from dopfn_jax.estimators.diagnostics import (
@@ -27,7 +28,7 @@ from dopfn_jax.estimators.effects import INTERVAL_ROWS, EffectEstimator, reach_o
 from dopfn_jax.estimators.fitting import check_covariates, find_device, read_query
 from dopfn_jax.estimators.inference import Output
 from dopfn_jax.model.bar_distribution import BarDistribution
-from dopfn_jax.tables import Data, Schema, TableError
+from dopfn_jax.tables import Schema
 
 _OUTPUTS = ("mean", "median", "mode", "quantiles", "distribution")
 

@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dopfn_jax.cells import TableError
 from dopfn_jax.estimators import DoPFNRegressor
 from dopfn_jax.estimators.effects import reach_of
-from dopfn_jax.tables import TableError
 
 try:
     from dowhy.causal_estimator import CausalEstimate, CausalEstimator

@@ -13,8 +13,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
+from dopfn_jax.cells import Data, TableError
 from dopfn_jax.estimators import DoPFNRegressor
-from dopfn_jax.tables import Data, TableError
 
 
 class DoPFNCateEstimator(BaseEstimator):

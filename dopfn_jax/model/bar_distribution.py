@@ -17,6 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from dopfn_jax.model.standardise import compress, expand
+
+# Standard deviations: no row of a context of 2,026 rows lies farther from its mean.
+FARTHEST = 45.0
 # |Z| of a standard normal Z has this median: a tail's scale is its bucket's width over it.
 _HALF_NORMAL_MEDIAN = 0.6744897501960817
 _HALF_NORMAL_MEAN = math.sqrt(2 / math.pi)
@@ -348,21 +352,23 @@ class BarDistribution:
 
 
 def fit_borders(samples: ArrayLike, buckets: int, uniform_share: float = 0.0) -> jax.Array:
-    """Chooses bucket borders from samples of y, as their quantiles at equally spaced probabilities.
+    """Chooses bucket borders of standardised y.
 
-    Runs on the host. The outermost borders, which set the scales of the tails, are the quantiles at
-    0.1 / Q and 1 - 0.1 / Q: farther out than the 0.5 / Q that would halve the mass of the outermost
-    buckets, because a half-normal is lighter than the tails of many standardised outcomes; yet not
-    the raw extremes, which grow with the number of samples.
+    Runs on the host. Some inner borders are quantiles of samples at equally spaced probabilities,
+    fine where outcomes are frequent; the others are equally spaced on the axis of `compress` out to
+    FARTHEST standard deviations: of one width up to LINEAR_RANGE, widening in proportion beyond.
+    Without those the few rows far out, which decide a mean squared error, would share one bucket.
 
     Equal borders, which samples with atoms produce, are moved apart by at least 1e-4 of an equal
-    share of the range, and the outermost buckets are made at least half such a share wide.
+    share of the range. The outermost borders, which set the scales of the tails, are the quantiles
+    at 0.1 / Q and 1 - 0.1 / Q, because a half-normal is lighter than the tails of many standardised
+    outcomes; where that leaves no room beyond the equally spaced borders, FARTHEST / 2 more.
 
     Args:
-        samples: 1-D, in the units of y.
+        samples: 1-D standardised outcomes.
         buckets: Q, at least 3.
-        uniform_share: the share of the inner borders, in [0, 1], that is instead equally spaced
-            over the range of the central 99 % of the samples.
+        uniform_share: the share of the inner borders, in [0, 1], that is equally spaced on the
+            axis of `compress`.
 
     Returns:
         (Q + 1,) float32, strictly increasing.
@@ -386,17 +392,17 @@ def fit_borders(samples: ArrayLike, buckets: int, uniform_share: float = 0.0) ->
         raise ValueError(f"samples (nearly) all equal {lowest}: borders need samples that vary.")
     uniform = round(uniform_share * (buckets - 1))
     probabilities = np.linspace(0, 1, buckets - uniform + 1)[1:-1]
-    low, high = np.clip(np.quantile(samples, [0.005, 0.995]), lowest, highest)
-    inner = np.concatenate(
-        [np.quantile(samples, probabilities), np.linspace(low, high, uniform + 2)[1:-1]]
-    )
+    farthest = compress(jnp.float32(FARTHEST))
+    evenly = expand(jnp.linspace(-farthest, farthest, uniform))
+    inner = np.concatenate([np.quantile(samples, probabilities), np.asarray(evenly, np.float64)])
 
     share = (highest - lowest) / buckets
-    gap = max(1e-4 * share, 4 * float(np.finfo(np.float32).eps) * max(abs(lowest), abs(highest)))
+    gap = max(1e-4 * share, 4 * float(np.finfo(np.float32).eps) * np.abs(inner).max())
     steps = gap * np.arange(buckets - 1)
     inner = np.maximum.accumulate(np.sort(inner) - steps) + steps
+    room = FARTHEST / 2 if uniform else share / 2
     borders = np.concatenate(
-        [[min(lowest, inner[0] - share / 2)], inner, [max(highest, inner[-1] + share / 2)]]
+        [[min(lowest, inner[0] - room)], inner, [max(highest, inner[-1] + room)]]
     )
     return jnp.asarray(borders, jnp.float32)
 

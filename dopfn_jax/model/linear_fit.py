@@ -20,12 +20,13 @@ from dopfn_jax.model.standardise import compress
 # Numbers per row: prediction and effect of both fits, leverage, and both fits' share of explained
 # variance, left-one-out.
 ROW_FEATURES = 7
-# Penalty: this, plus this per context row; in units of a standardised term.
-_PENALTY, _PENALTY_PER_ROW = 0.1, 1e-3
+# Penalty: this, plus this per context row; in units of a standardised term. It also bounds how much
+# the normal matrix can magnify rounding where rows are fewer than terms.
+_PENALTY, _PENALTY_PER_ROW = 1.0, 1e-3
 # Squares grow no further beyond so many standard deviations.
-_WIDEST = 3.0
+_WIDEST = 5.0
 # A row's leverage is 1 where it alone decides its prediction: leaving it out says nothing then.
-_LEAST_SLACK = 0.02
+_LEAST_SLACK = 0.1
 
 
 @flax.struct.dataclass

@@ -65,6 +65,12 @@ def compress(z: jax.Array) -> jax.Array:
     return jnp.clip(z, -LINEAR_RANGE, LINEAR_RANGE) + jnp.sign(z) * jnp.log1p(excess)
 
 
+def expand(z: jax.Array) -> jax.Array:
+    """The inverse of `compress`."""
+    excess = jnp.maximum(jnp.abs(z) - LINEAR_RANGE, 0.0)
+    return jnp.clip(z, -LINEAR_RANGE, LINEAR_RANGE) + jnp.sign(z) * jnp.expm1(excess)
+
+
 def _mean_and_deviation(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Masked mean and standard deviation over axis 1, kept as an axis of length 1."""
     count = jnp.maximum(mask.sum(axis=1, keepdims=True, dtype=values.dtype), 1.0)

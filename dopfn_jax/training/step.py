@@ -24,8 +24,8 @@ from dopfn_jax.training.optimizer import Schedule, make_optimizer, make_schedule
 from dopfn_jax.wide.task import sample_wide_tasks
 
 # Standardised targets beyond this are moved to it, so that the mean loss does not hang on a few
-# heavy tails. The gradient hardly changes: within a tail bucket it does not depend on the target.
-TARGET_LIMIT = 20.0
+# heavy tails. It lies in the outermost buckets, within which no gradient depends on the target.
+TARGET_LIMIT = 60.0
 # Streams of the run's key that are not training steps.
 _INIT_STREAM, _BORDER_STREAM = 2**31 - 1, 2**31 - 2
 _BORDER_TASKS = 1024

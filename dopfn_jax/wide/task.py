@@ -111,8 +111,8 @@ def sample_wide_task(
         noise_key, noise_family, jnp.ones(noise_family.shape), rows, prior.noise_families
     )
 
-    shown, hidden_nodes, post_nodes = _numbers(draws, prior, covariates)
-    active = _ranks(draws["active"]) < shown - post_nodes + hidden_nodes
+    shown, nodes_before, post_nodes = _numbers(draws, prior, covariates)
+    active = _ranks(draws["active"]) < nodes_before
     post_active = jnp.arange(post)[:, None] < post_nodes
 
     z = _pre_treatment(draws, prior, noise[:k], active)
@@ -241,7 +241,10 @@ _TASK_DRAWS = (
 def _numbers(
     draws: Draws, prior: WidePriorConfig, covariates: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """How many columns are shown, nodes are hidden, and nodes come after the treatment."""
+    """How many columns are shown, nodes come before the treatment, and nodes come after it.
+
+    Columns show nodes of either kind; those before the treatment that no column shows are hidden.
+    """
     low, high = covariates
     shown = jnp.floor(_log_uniform(draws["shown"], (low, high + 1))).astype(jnp.int32)
     shown = jnp.minimum(shown, high)
@@ -253,8 +256,9 @@ def _numbers(
     post = number(
         draws["has_post"], prior.post_treatment_share, draws["post"], prior.max_post_treatment
     )
-    # At least one node comes before the treatment.
-    return shown, hidden, jnp.minimum(post, shown - 1)
+    post = jnp.minimum(post, shown)
+    before = jnp.maximum(shown - post + hidden, 1)
+    return shown, before, post
 
 
 def _pre_treatment(

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dopfn_jax.cells import TableError
 from dopfn_jax.estimators import DoPFNRegressor
 from dopfn_jax.estimators.transforms import TRANSFORMS
-from dopfn_jax.tables import TableError
 from tests.estimators.small import ROWS, assert_same, table
 
 K = np.arange(ROWS) % 15 - 7  # small integers, both signs

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dopfn_jax.cells import TableError
 from dopfn_jax.checkpoints import save_checkpoint
 from dopfn_jax.estimators import DoPFNRegressor
-from dopfn_jax.tables import TableError
 from tests.estimators.small import assert_same, table
 
 

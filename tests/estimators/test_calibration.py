@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 
 from dopfn_jax.calibration import calibration_report
+from dopfn_jax.cells import TableError
 from dopfn_jax.estimators import DoPFNRegressor
-from dopfn_jax.tables import TableError
 from tests.estimators.small import table
 
 ROWS = 600

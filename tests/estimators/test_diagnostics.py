@@ -4,9 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dopfn_jax.cells import TableError
 from dopfn_jax.estimators import DoPFNRegressor
 from dopfn_jax.estimators.diagnostics import estimate_overlap
-from dopfn_jax.tables import Table, TableError
+from dopfn_jax.tables import Table
 from tests.estimators.small import ROWS, table
 
 

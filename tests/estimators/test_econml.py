@@ -3,9 +3,9 @@ import pytest
 from sklearn.base import clone
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
+from dopfn_jax.cells import TableError
 from dopfn_jax.estimators import DoPFNRegressor
 from dopfn_jax.interop.econml import DoPFNCateEstimator
-from dopfn_jax.tables import TableError
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dopfn_jax.cells import TableError
 from dopfn_jax.estimators import DoPFNRegressor
 from dopfn_jax.estimators.effects import group_rows
 from dopfn_jax.model.bar_distribution import BarDistribution
-from dopfn_jax.tables import TableError
 from tests.estimators.small import ROWS, assert_same, table
 
 

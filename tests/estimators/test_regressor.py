@@ -12,6 +12,7 @@ import pytest
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
+from dopfn_jax.cells import TableError
 from dopfn_jax.checkpoints import (
     DEFAULT_CHECKPOINT,
     CheckpointError,
@@ -23,7 +24,6 @@ from dopfn_jax.estimators.inference import padded_rows, power_of_two
 from dopfn_jax.estimators.views import random_part
 from dopfn_jax.model.bar_distribution import BarDistribution
 from dopfn_jax.predict import cate, encode
-from dopfn_jax.tables import TableError
 from tests.estimators.small import COVARIATES, ROWS, assert_same, table
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dopfn_jax.model.standardise import LINEAR_RANGE, Scaler, compress
+from dopfn_jax.model.standardise import LINEAR_RANGE, Scaler, compress, expand
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -119,6 +119,7 @@ def test_compress_is_the_identity_in_range_and_increasing_and_smooth_beyond():
     assert (steps > 0).all()
     assert steps.max() < 0.0101
     np.testing.assert_allclose(compress(-z), -squeezed)
+    np.testing.assert_allclose(expand(squeezed), z, rtol=1e-4)
     slope = jax.vmap(jax.grad(compress))(jnp.float32(LINEAR_RANGE) + jnp.array([-1e-4, 1e-4]))
     np.testing.assert_allclose(slope, 1, atol=2e-4)
     assert np.isfinite(compress(np.float32(3e38)))

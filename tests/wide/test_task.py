@@ -124,6 +124,18 @@ def test_a_coin_balances_the_arms_and_a_score_does_not():
     assert threshold > 1.5 * coin
 
 
+def test_the_only_column_may_be_a_descendant_of_the_treatment():
+    prior = dataclasses.replace(PLAIN, post_treatment_share=1.0)
+
+    @jax.jit
+    def sample(key: jax.Array) -> Task:
+        return sample_wide_tasks(jax.random.split(key, 64), prior, ROWS, CONTEXT, (1, 1))
+
+    # A coin decides the treatment: only what descends from it differs between the arms.
+    differences = standardised_mean_differences(jax.device_get(sample(jax.random.key(1))))
+    assert 0.15 < (differences > 0.8).mean() < 0.6
+
+
 def test_adjusting_for_the_columns_removes_the_bias_where_none_is_hidden():
     """Linear mechanisms and hardly any noise: least squares on (t, x) finds the effect."""
     batch = tasks(CONFOUNDED)
