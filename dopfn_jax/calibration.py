@@ -20,9 +20,9 @@ LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 @jax.jit
-def _score(answer: BarDistribution, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """P(Y <= y), log-density and CRPS at y, each (M,)."""
-    return answer.cdf(y), answer.log_prob(y), answer.crps(y)
+def _score(answer: BarDistribution, y: jax.Array, ends: jax.Array) -> tuple[jax.Array, ...]:
+    """P(Y <= y), log-density and CRPS at y, each (M,), and quantiles (M, levels) at `ends`."""
+    return answer.cdf(y), answer.log_prob(y), answer.crps(y), answer.quantile(ends)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,14 +112,14 @@ def calibration_report(
     truth = outcome.standardise(read_outcome(y))
     if len(truth) != len(x) or not len(x):
         raise TableError(f"y has {len(truth)} rows and X {len(x)}: both need the same, and some.")
-    ends = np.concatenate([(1 - nominal) / 2, (1 + nominal) / 2])
+    ends = np.concatenate([(1 - nominal) / 2, (1 + nominal) / 2]).astype(np.float32)
     scores, widths = [], np.zeros(len(nominal))
     for answer, rows in model._distributions(x, treatment):
         count = rows.stop - rows.start
         padded = np.zeros(len(answer.logits), np.float32)
         padded[:count] = truth[rows]
-        scores.append([np.asarray(score)[:count] for score in _score(answer, padded)])
-        quantiles = np.asarray(answer.quantile(ends.astype(np.float32)))[:count]
+        *found, quantiles = (np.asarray(part)[:count] for part in _score(answer, padded, ends))
+        scores.append(found)
         lower, upper = np.split(quantiles, 2, axis=1)
         widths += (upper - lower).sum(axis=0)
     pit, log_density, crps = (

@@ -3,23 +3,26 @@
 Suites: generated (case studies with exact truths), released (those of DIR), simulated (published
 simulators), real (studies), rows and graphs (ablations: context rows, random graphs).
 
-Methods: dopfn or dopfn:<checkpoint name or folder>; mean, zero, diff_in_means; learners on the
+Methods: dopfn or dopfn:<checkpoint name or folder>, which takes settings of DoPFNRegressor, as in
+dopfn:runs/cpu,n_estimators=4,transforms=none+quantile_y; mean, zero, diff_in_means; learners on the
 treatment as a covariate (linear, rf, histgb), one per arm (t_linear, t_rf, t_histgb), x_rf;
-linear_dml, causal_forest, causal_forest_tuned; tabpfn, tabicl, causalpfn. With the true graph:
-standardisation, ipw, scm, scm_counterfactual, dowhy, dowhy_counterfactual. The exact answer: floor.
+linear_dml, causal_forest, causal_forest_tuned; standardisation, ipw; tabpfn, tabicl, causalpfn.
+With the true graph: scm, scm_counterfactual, dowhy, dowhy_counterfactual. The exact answer: floor.
 
 Results are appended to OUTPUT/results.jsonl as they come; what it holds is not run again, so an
-interrupted command goes on where it stopped. DIR holds files that may not be redistributed:
-case_studies_dev/<case>/<number>.npz, nhefs.csv, amazon_sales.csv, law_school.csv; without it what
-needs them is left out. Baselines of other packages need the extra `evaluation`.
+interrupted command goes on where it stopped. A report is about all that it holds of each method's
+latest weights. DIR holds files that may not be redistributed: case_studies_dev/<case>/<number>.npz,
+law_school.csv; without it what needs them is left out. Baselines of other packages, their data and
+ranks need the extra `evaluation`; what is not installed is said to be absent.
 
 Examples:
-    dopfn-jax evaluate --quick
+    dopfn-jax evaluate --quick --report docs
     dopfn-jax evaluate --data DIR --processes 8 --report docs
     dopfn-jax evaluate --suites generated --methods dopfn dopfn:runs/cpu linear floor
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -30,16 +33,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-QUICK_SUITES = ("generated", "simulated")
-QUICK_DATASETS = 3
+# Datasets per case of the quick version: minutes on two cores, and every figure.
+QUICK_DATASETS = {"generated": 5, "simulated": 2, "real": 1, "rows": 2, "graphs": 6}
 QUICK_METHODS = (
-    "dopfn", "mean", "zero", "diff_in_means", "linear", "rf", "histgb", "t_histgb", "scm", "floor",
+    "dopfn", "mean", "zero", "diff_in_means", "linear", "rf", "histgb", "t_linear", "t_histgb",
+    "standardisation", "ipw", "dowhy", "floor",
 )  # fmt: skip
+QUICK_ABLATION_METHODS = ("dopfn", "mean", "zero", "linear", "rf", "histgb")
 # Searching for parameters takes as long as all others together.
 SLOW_METHODS = ("causal_forest_tuned",)
 # Baselines that do not learn curves of interest are left out of the ablations.
 ABLATION_METHODS = ("dopfn", "mean", "zero", "linear", "rf", "histgb", "t_histgb", "x_rf")
 ABLATIONS = ("rows", "graphs")
+DATASETS = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, metavar="DIR", help="files of your own, see above")
     add("--suites", nargs="+", metavar="SUITE", help="see above (default: all that can be read)")
     add("--methods", nargs="+", metavar="METHOD", help="see above (default: all that are there)")
-    add("--datasets", type=int, metavar="N", help="datasets per case")
+    add("--datasets", type=int, metavar="N", help=f"datasets per case (default: {DATASETS})")
     add("--seed", type=int, default=0, help="of the methods")
-    add("--processes", type=int, default=0, help="workers; 0: in this process")
+    add("--processes", type=int, help="workers; 0: in this process (default: 0; --quick on CPU: 2)")
     add("--output", type=Path, default=Path("runs/evaluation"), metavar="DIR")
     add("--report", type=Path, metavar="DIR", help="write tables, figures, page")
     add("--json", action="store_true", help="print one JSON object instead of text")
@@ -65,27 +71,35 @@ def run(options: argparse.Namespace) -> None:
         OSError: files that cannot be read or written.
         KeyboardInterrupt: stopped; the message says what goes on.
     """
+    if options.report and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("figures need matplotlib: pip install 'dopfn-jax[evaluation]'")
     # After parsing, so that --help and typing errors do not wait for JAX.
+    import jax
+
     from dopfn_jax.evaluation import runner
     from dopfn_jax.evaluation.report import write_report
     from dopfn_jax.evaluation.suites import sources
+    from dopfn_jax.training.host import keep_compiled_programs
 
+    keep_compiled_programs()
     results = options.output / "results.jsonl"
+    processes = options.processes
+    if processes is None:
+        processes = 2 if options.quick and jax.default_backend() == "cpu" else 0
     # Workers share the cores; a library's own threads would only fight.
-    if options.processes > 1:
+    if processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
-    absent: dict[str, str] = {}
+    methods, todo = {}, []
+    for suite in _suites(options):
+        methods[suite] = options.methods or _methods(options.quick, suite)
+        count = options.datasets or (QUICK_DATASETS.get(suite, 5) if options.quick else DATASETS)
+        todo += sources(suite, count, options.output / "datasets", options.data)
     try:
-        for suite in _suites(options):
-            methods = options.methods or _methods(options.quick, suite)
-            count = options.datasets or (QUICK_DATASETS if options.quick else 100)
-            todo = sources(suite, count, options.output / "datasets", options.data)
-            print(f"{suite}:", file=sys.stderr)
-            absent |= runner.run(todo, methods, results, options.seed, options.processes)
+        absent = runner.run(todo, methods, results, options.seed, processes)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"the same command goes on from {results}") from stop
-    table = runner.read_table(results)
+    table = runner.latest(runner.read_table(results))
     if options.json:
         facts = {"results": str(results), "absent": absent, "medians": _as_dict(table)}
         print(json.dumps(facts, indent=2))
@@ -94,7 +108,19 @@ def run(options: argparse.Namespace) -> None:
             print(f"{method}: absent, package {package!r} is not installed")
         print(summary(table))
     if options.report:
-        print(f"wrote {write_report(results, options.report)}", file=sys.stderr)
+        page = write_report(results, options.report, _command(options))
+        print(f"wrote {page}", file=sys.stderr)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command without what leaves the numbers as they are."""
+    words = ["python scripts/evaluate.py", *(["--quick"] if options.quick else [])]
+    words += ["--data DIR"] if options.data else []
+    for name in ("suites", "methods"):
+        words += [f"--{name}", *getattr(options, name)] if getattr(options, name) else []
+    for name in ("datasets", "seed"):
+        words += [f"--{name} {getattr(options, name)}"] if getattr(options, name) else []
+    return " ".join([*words, "--report", options.report.name])
 
 
 def summary(table: "pd.DataFrame") -> str:
@@ -141,15 +167,15 @@ def _suites(options: argparse.Namespace) -> list[str]:
 
     if options.suites:
         return list(options.suites)
-    suites = QUICK_SUITES if options.quick else tuple(SUITES)
+    suites = tuple(QUICK_DATASETS if options.quick else SUITES)
     return [name for name in suites if options.data or name not in NEED_DATA]
 
 
 def _methods(quick: bool, suite: str) -> list[str]:
     from dopfn_jax.evaluation.methods import METHODS
 
+    if suite in ABLATIONS:
+        return list(QUICK_ABLATION_METHODS if quick else ABLATION_METHODS)
     if quick:
         return list(QUICK_METHODS)
-    if suite in ABLATIONS:
-        return list(ABLATION_METHODS)
     return ["dopfn", *(name for name in METHODS if name not in SLOW_METHODS)]

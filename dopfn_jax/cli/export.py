@@ -1,9 +1,16 @@
 """Writes a checkpoint as one file that runs on CPU, CUDA and TPU without this package's model code.
 
-Example:
-    dopfn-jax export do_pfn_cpu --output do_pfn.zip
+The file holds the compiled-for-everywhere program (StableHLO, for any numbers of context and query
+rows) and the weights. Reading it back needs JAX, but neither Flax nor the checkpoint.
 
-In Python: `dopfn_jax.export.load("do_pfn.zip")(x, t, y, query_x, query_t)` is a distribution.
+Examples:
+    dopfn-jax export do_pfn_cpu --output do_pfn.zip
+    dopfn-jax export runs/cpu --output server.zip --platforms cuda
+
+In Python:
+    predictor = dopfn_jax.export.load("do_pfn.zip")
+    answer = predictor(x, t, y, query_x, query_t)   # float arrays, NaN where a covariate is missing
+    answer.mean, answer.quantile(0.9)               # of p(y | do(query_t), query_x), a row each
 """
 
 import argparse
@@ -14,7 +21,7 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what the command takes."""
     add = parser.add_argument
-    add("checkpoint", help="a shipped name or a folder")
+    add("checkpoint", help="a shipped name, a folder, or hf:OWNER/NAME")
     add("--output", type=Path, required=True, metavar="FILE", help="file to write")
     add("--platforms", nargs="+", metavar="P", help="of cpu, cuda and tpu (default: all)")
     add("--json", action="store_true", help="print one JSON object instead of text")
@@ -29,12 +36,15 @@ def run(options: argparse.Namespace) -> None:
         ImportError: flatbuffers is missing.
     """
     from dopfn_jax.checkpoints import from_pretrained
+    from dopfn_jax.cli.stages import say
     from dopfn_jax.export import PLATFORMS, export
 
     if not options.output.absolute().parent.is_dir():
         raise ValueError(f"--output {options.output}: there is no folder {options.output.parent}.")
     platforms = options.platforms or PLATFORMS
-    export(from_pretrained(options.checkpoint), options.output, platforms)
+    checkpoint = from_pretrained(options.checkpoint)
+    say(f"lowering the model for {', '.join(platforms)}")
+    export(checkpoint, options.output, platforms)
     size = options.output.stat().st_size
     if options.json:
         facts = {"file": str(options.output), "bytes": size, "platforms": list(platforms)}

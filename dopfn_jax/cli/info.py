@@ -13,7 +13,7 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what the command takes."""
-    parser.add_argument("checkpoint", nargs="?", help="a shipped name or a folder")
+    parser.add_argument("checkpoint", nargs="?", help="a shipped name, a folder, or hf:OWNER/NAME")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 

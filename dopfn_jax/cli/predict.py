@@ -7,7 +7,14 @@ and to 1 (cid1), all in the units of the outcome. If the outcome is 0 or 1, thes
 and the quantiles are left out.
 
 Treatment and outcome must be numeric columns without empty cells, the treatment 0 or 1. Covariates
-must have been measured BEFORE the treatment; they may be text and may have empty cells.
+must have been measured BEFORE the treatment; they may be text and may have empty cells. Dates, and
+numbers with signs such as "$1,000", have to become plain numbers first.
+
+The intervals say how much the estimates vary with the rows that happened to be sampled. They do not
+cover confounders that the table lacks. Read the warnings, of arms that hardly overlap for example.
+
+The first run compiles, which takes longer than the answer. Compiled programs are kept in the folder
+~/.cache/dopfn_jax, or where JAX_COMPILATION_CACHE_DIR says, for later runs.
 
 Examples:
     dopfn-jax predict examples/data/nhefs.csv --treatment qsmk --outcome wt82_71
@@ -21,6 +28,7 @@ import argparse
 import json
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: all the others)",
     )
     which.add_argument("--no-covariates", action="store_true", help="use no other column")
-    add("--checkpoint", help="weights: a shipped name or a folder (default: the shipped ones)")
+    add("--checkpoint", help="weights: a name of `dopfn-jax info`, a folder, or hf:OWNER/NAME")
     add("--output", type=Path, help="CSV file to write (default: NAME_effects.csv, here)")
     add("--alpha", type=float, default=0.05, help="1 - level of the intervals (default: 0.05)")
     add("--n-estimators", type=int, metavar="K", help="members of an ensemble (default: 1)")
-    add("--max-context", type=int, metavar="N", help="most rows read at once (default: 10000)")
+    add(
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="most rows read at once (default: 10000); a longer table needs --n-estimators of 4 or "
+        "more, each of which reads so many random rows",
+    )
     add("--seed", type=int, help="of everything random (default: 0)")
     add("--json", action="store_true", help="print one JSON object instead of text")
     add("--plot", type=Path, metavar="FILE", help="figure to write (extra: plot)")
@@ -68,7 +82,9 @@ def run(options: argparse.Namespace) -> None:
         ImportError: --plot without matplotlib.
     """
     # After parsing, so that --help and typing errors do not wait for JAX.
+    from dopfn_jax.cli.stages import say
     from dopfn_jax.estimators import DoPFNRegressor
+    from dopfn_jax.estimators.diagnostics import UnlikePriorWarning
     from dopfn_jax.training.host import keep_compiled_programs
 
     output = options.output or Path(f"{options.data.stem}_effects.csv")
@@ -84,13 +100,19 @@ def run(options: argparse.Namespace) -> None:
         _check_column(X, options.plot_covariate, "--plot-covariate")
 
     keep_compiled_programs()
-    model = DoPFNRegressor(**_settings(options), verbose=True).fit(X, t, y)
+    say("reading the table into the model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnlikePriorWarning)  # the summary says the same
+        model = DoPFNRegressor(**_settings(options), verbose=True).fit(X, t, y)
+    say("estimating average effects and their intervals")
     summary = model.summary(alpha=options.alpha)
+    say("answering for every row")
     effects = _effects(model, X)
     _write(effects, output)
     if options.plot is not None:
         from dopfn_jax.cli.figures import draw_effects
 
+        say("drawing")
         figure = draw_effects(model, X, effects["cate"], y.name, options.plot_covariate)
         figure.savefig(options.plot, dpi=150)
     files = {"effects_file": str(output), "plot": options.plot and str(options.plot)}

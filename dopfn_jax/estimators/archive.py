@@ -35,12 +35,13 @@ _DAMAGE = (
 
 
 class Saved(NamedTuple):
-    """What defines a fitted estimator: constructor arguments, weights, and the fitted table."""
+    """What defines a fitted estimator: constructor arguments, weights, fitted table, and seed."""
 
     settings: dict[str, Any]
     checkpoint: Checkpoint
     schema: Schema
     table: Table
+    seed: int
 
 
 def write(path: Path, saved: Saved) -> None:
@@ -61,6 +62,7 @@ def write(path: Path, saved: Saved) -> None:
         },
         "checkpoint_name": checkpoint.name,
         "schema": saved.schema.to_dict(),
+        "seed": saved.seed,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
@@ -99,6 +101,7 @@ def read(path: str | Path) -> Saved:
                     archive.extract(name, temporary)
             schema = Schema.from_dict(description["schema"])
             settings, name = description["settings"], description["checkpoint_name"]
+            seed = int(description["seed"])
         except _DAMAGE as error:
             raise CheckpointError(f"{path}: not a saved estimator ({error}).") from error
         checkpoint = from_pretrained(Path(temporary, "checkpoint"))
@@ -106,7 +109,7 @@ def read(path: str | Path) -> Saved:
     settings["checkpoint"] = settings["checkpoint"] or checkpoint
     # JSON knows no tuples.
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    return Saved(settings, checkpoint, schema, table)
+    return Saved(settings, checkpoint, schema, table, seed)
 
 
 def _is_saved_estimator(path: Path) -> bool:

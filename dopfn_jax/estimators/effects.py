@@ -285,9 +285,11 @@ def group_rows(by: By, x: NDArray[np.float32], schema: Schema) -> dict[object, N
     """
     if isinstance(by, str | int):
         known = [column.name for column in schema.columns]
-        if by not in known:
+        # Names of data frames are kept as text.
+        name = str(by) if schema.named else by
+        if name not in known:
             raise TableError(f"by is {by!r}, but the covariates are {known}; or pass labels.")
-        position = known.index(by)
+        position = known.index(name)
         labels = pd.Series(schema.columns[position].decode(x[:, position])).infer_objects()
     else:
         labels = pd.Series(by if isinstance(by, pd.Series | pd.Categorical) else np.asarray(by))
@@ -313,7 +315,10 @@ def _direction(T0: Data, T1: Data, rows: int) -> NDArray[np.float64]:
     """T1 - T0 of every row: 1, 0 or -1."""
     ends = []
     for name, values in (("T0", T0), ("T1", T1)):
-        treatment = read_treatment(np.atleast_1d(values) if np.ndim(values) == 0 else values)
+        try:
+            treatment = read_treatment(np.atleast_1d(values) if np.ndim(values) == 0 else values)
+        except TableError as error:
+            raise TableError(f"{name}: {error}") from error
         if np.ndim(values) != 0 and len(treatment) != rows:
             raise TableError(f"{name} has {len(treatment)} values, but X has {rows} rows.")
         ends.append(np.broadcast_to(treatment, (rows,)).astype(np.float64))

@@ -4,10 +4,11 @@ Axes: K members of the ensemble, R resamples, N rows of the fitted table, M quer
 covariates.
 """
 
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import jax
 import numpy as np
@@ -16,7 +17,12 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from dopfn_jax.cells import Data, TableError
-from dopfn_jax.checkpoints import DEFAULT_CHECKPOINT, Checkpoint, from_pretrained
+from dopfn_jax.checkpoints import (
+    DEFAULT_CHECKPOINT,
+    Checkpoint,
+    checkpoint_names,
+    from_pretrained,
+)
 from dopfn_jax.estimators.diagnostics import UnlikePriorWarning, unlike_prior
 from dopfn_jax.estimators.inference import (
     Network,
@@ -42,6 +48,7 @@ class InContextEstimator(BaseEstimator):
     checkpoint_: Checkpoint
     schema_: Schema
     table_: Table
+    seed_: int
     views_: list[View]
     contexts_: list[EncodedContext]
     n_features_in_: int
@@ -106,7 +113,9 @@ class InContextEstimator(BaseEstimator):
             )
         for message in unlike_prior(table, checkpoint):
             warnings.warn(message, UnlikePriorWarning, stacklevel=2)
-        return self._remember(checkpoint, schema, table)
+        # A seed of its own where none was given, so that a saved estimator draws the same views.
+        seed = cast(int, np.random.SeedSequence(self.random_state).entropy)
+        return self._remember(checkpoint, schema, table, seed)
 
     @property
     def cache_bytes_(self) -> int:
@@ -122,15 +131,22 @@ class InContextEstimator(BaseEstimator):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, but must be {lowest} or more."
                 )
+        if not isinstance(self.random_state, int | np.integer | None):
+            raise ValueError(
+                f"random_state is {self.random_state!r}, but must be an integer or None."
+            )
         _check_transforms(self.transforms, self.n_estimators)
         find_device(self.device)
         if isinstance(self.checkpoint, Checkpoint):
             return self.checkpoint
+        if self.checkpoint in checkpoint_names():
+            return _load_shipped(str(self.checkpoint))
         return from_pretrained(self.checkpoint)
 
-    def _remember(self, checkpoint: Checkpoint, schema: Schema, table: Table) -> Self:
+    def _remember(self, checkpoint: Checkpoint, schema: Schema, table: Table, seed: int) -> Self:
         """Sets the fitted attributes."""
         self.checkpoint_, self.schema_, self.table_ = checkpoint, schema, table
+        self.seed_ = seed
         self.n_features_in_ = table.x.shape[1]
         if schema.named:
             names = [column.name for column in schema.columns]
@@ -138,9 +154,7 @@ class InContextEstimator(BaseEstimator):
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
         self.network_ = self._network(checkpoint, self.n_features_in_)
-        self.views_ = draw_views(
-            table, self.n_estimators, self.max_context, self.random_state, self.transforms
-        )
+        self.views_ = draw_views(table, self.n_estimators, self.max_context, seed, self.transforms)
         self.contexts_ = list(self._encode()) if self.cache else []
         return self
 
@@ -287,6 +301,12 @@ class InContextEstimator(BaseEstimator):
             return -np.inf, np.inf
         outcome = self.schema_.outcome
         return -outcome.loc / outcome.scale, (1 - outcome.loc) / outcome.scale
+
+
+@functools.lru_cache
+def _load_shipped(name: str) -> Checkpoint:
+    """Weights inside the package do not change; a folder may, so every fit reads it anew."""
+    return from_pretrained(name)
 
 
 def read_query(

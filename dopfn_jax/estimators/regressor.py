@@ -83,6 +83,7 @@ class DoPFNRegressor(EffectEstimator):
         checkpoint_: the loaded Checkpoint.
         schema_: names, categories and units of the columns.
         table_: the fitted rows, standardised.
+        seed_: what the views were drawn with: `random_state`, or a fresh one for None.
         views_: what each member of the ensemble sees.
         contexts_: the encoded rows of each member, which all queries share; empty without cache.
         cache_bytes_: their size: with L layers, C tokens per row and width D about 8 L C N D bytes
@@ -188,7 +189,7 @@ class DoPFNRegressor(EffectEstimator):
         x, treatment = self._read_query(X, t)
         if key is None:
             key = int(np.random.default_rng(self.random_state).integers(2**31))
-        key = jax.random.key(key) if isinstance(key, int) else key
+        key = jax.random.key(key) if isinstance(key, int | np.integer) else key
         # Off zero, so that no draw is infinite.
         levels = np.asarray(jax.random.uniform(key, (len(x), n), minval=2.0**-24))
         if self.schema_.binary_outcome:
@@ -306,9 +307,15 @@ class DoPFNRegressor(EffectEstimator):
 
         Raises:
             TableError: a table that cannot be used; the message says which.
-            ValueError: unknown output_type, or a probability outside (0, 1).
+            ValueError: an output_type that is unknown or "distribution", or a probability outside
+                (0, 1).
         """
         levels = _check_output(output_type, quantiles)
+        if output_type == "distribution":
+            raise ValueError(
+                "output_type is 'distribution', which predict_batch does not give: ask for "
+                "quantiles, or fit each table on its own."
+            )
         checkpoint = self._load_checkpoint()
         schemas, questions = [], []
         for index, (X, t, y, query_X, query_t) in enumerate(tables):
@@ -349,7 +356,7 @@ class DoPFNRegressor(EffectEstimator):
         """
         check_is_fitted(self)
         settings = self.get_params(deep=False)
-        saved = archive.Saved(settings, self.checkpoint_, self.schema_, self.table_)
+        saved = archive.Saved(settings, self.checkpoint_, self.schema_, self.table_, self.seed_)
         archive.write(Path(path), saved)
 
     @classmethod
@@ -367,7 +374,7 @@ class DoPFNRegressor(EffectEstimator):
         saved = archive.read(path)
         find_device(device)
         model = cls(**{**saved.settings, "device": device})
-        return model._remember(saved.checkpoint, saved.schema, saved.table)
+        return model._remember(saved.checkpoint, saved.schema, saved.table, saved.seed)
 
 
 def _check_output(output_type: str, quantiles: Sequence[float]) -> NDArray[np.float32]:

@@ -65,6 +65,11 @@ class Dataset:
         return digest.hexdigest()[:12]
 
     @property
+    def asks_interval(self) -> bool:
+        """Whether intervals of the average effect are reported: where no unit's effect is known."""
+        return self.effect is None
+
+    @property
     def is_degenerate(self) -> bool:
         """Whether the context has one treatment arm only, so that no method can answer."""
         return len(np.unique(self.t)) < 2

@@ -3,12 +3,12 @@
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from dopfn_jax.evaluation.methods import find_method
+from dopfn_jax.evaluation.methods import METHODS, is_dopfn, sees_truth
 from dopfn_jax.evaluation.metrics import LEVELS, median_interval, rank_methods
 
 if TYPE_CHECKING:
@@ -21,7 +21,10 @@ LABELS = {
     "pehe_relative": "PEHE / range of y",
 }
 _STUDIES = ("generated", "released")
+_UNCERTAINTY = {"entropy": "entropy", "nll": "cross-entropy\n(negative log-likelihood)"}
 _BINS = 6
+# Errors below this share of the range.
+_ROUNDING = 1e-7
 
 
 def draw_all(scores: pd.DataFrame, folder: Path) -> list[Path]:
@@ -43,20 +46,18 @@ def case_study_bars(scores: pd.DataFrame, metric: str) -> "Figure | None":
     if table.empty:
         return None
     methods, cases = _methods(table), sorted(table.case.unique())
-    figure, axes = _axes(1.1 * len(cases) + 3, 4)
-    width = 0.8 / len(methods)
+    figure, axes = _axes(1.2 * len(cases) + 3, 4)
+    width = 0.85 / len(methods)
     for index, method in enumerate(methods):
-        for place, case in enumerate(cases):
-            values = table[(table.method == method) & (table.case == case)][metric].to_numpy()
-            if not len(values):
-                continue
-            low, high = median_interval(values)
-            x = place + (index - (len(methods) - 1) / 2) * width
-            label = method if place == 0 else None
-            axes.bar(x, np.median(values), width, color=_colour(index), label=label)
-            axes.plot([x, x], [low, high], color="black", linewidth=0.8)
+        groups = table[table.method == method].groupby("case")[metric]
+        intervals = np.array([median_interval(values.to_numpy()) for _, values in groups])
+        shift = (index - (len(methods) - 1) / 2) * width
+        x = np.array([cases.index(case) + shift for case in groups.groups])
+        axes.bar(x, groups.median(), width, color=_colour(method), label=_label(method))
+        axes.vlines(x, *intervals.T, color="black", linewidth=0.8)
     axes.set_xticks(range(len(cases)), [case.replace("_", "\n") for case in cases], fontsize=8)
     axes.set(yscale="log", ylabel=LABELS[metric])
+    _crop(axes, table.groupby(["case", "method"])[metric].median())
     _legend(axes)
     return figure
 
@@ -71,10 +72,11 @@ def critical_difference(scores: pd.DataFrame, metric: str) -> "Figure | None":
     from autorank import plot_stats
 
     table = _studies(scores, metric)
-    table = table[~table.method.map(_sees_truth)]
+    table = table[~table.method.map(sees_truth)]
     if table.empty:
         return None
     wide = table.pivot_table(index=["suite", "case", "dataset"], columns="method", values=metric)
+    wide = wide.dropna(subset=[name for name in wide if is_dopfn(str(name))])
     wide = wide.loc[:, wide.notna().mean() > 0.8]  # else few datasets would be complete
     try:
         result = rank_methods(wide)
@@ -98,8 +100,8 @@ def picp_curves(scores: pd.DataFrame) -> "Figure | None":
             LEVELS,
             group[columns].mean(),
             marker=".",
-            color=_colour(index),
-            label=f"{method}, {suite}",
+            color=f"C{index}",
+            label=f"{method}, {suite} ({group.groupby(['case', 'dataset']).ngroups} datasets)",
         )
     axes.set(xlabel="level of the central interval", ylabel="share of outcomes inside")
     _legend(axes)
@@ -111,24 +113,26 @@ def effects_scatter(scores: pd.DataFrame) -> "Figure | None":
     if "ate_true" not in scores:
         return None
     table = scores.dropna(subset=["ate", "ate_true"])
-    table = table[table.suite.isin(_STUDIES) & ~table.method.map(_sees_truth)]
-    methods = [name for name in _methods(table) if name not in ("mean", "zero")][:6]
+    table = table[table.suite.isin(_STUDIES) & ~table.method.map(sees_truth)]
+    methods = [name for name in _methods(table) if name not in ("mean", "zero")]
     if not methods:
         return None
-    columns = min(3, len(methods))
+    columns = min(4, len(methods))
     rows = -(-len(methods) // columns)
     figure = _figure(3 * columns, 3 * rows)
+    figure.set_layout_engine("constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for index, axes in enumerate(grid.flat):
         axes.set_visible(index < len(methods))
         if index < len(methods):
             own = table[table.method == methods[index]]
             axes.plot([-1, 1], [-1, 1], color="grey", linestyle=":")
-            axes.scatter(own.ate_true / own.spread, own.ate / own.spread, s=6, alpha=0.5)
+            x, y = own.ate_true / own.spread, own.ate / own.spread
+            axes.scatter(x, y.clip(-1, 1), s=10, alpha=0.6, color=_colour(methods[index]))
             axes.set_title(methods[index], fontsize=9)
             axes.set(xlim=(-1, 1), ylim=(-1, 1))
     figure.supxlabel("true average effect / range of y", fontsize=9)
-    figure.supylabel("estimated", fontsize=9)
+    figure.supylabel("estimated (within -1 and 1)", fontsize=9)
     return figure
 
 
@@ -166,9 +170,13 @@ def noise_and_rows(scores: pd.DataFrame) -> "Figure | None":
         index="noise", columns="fact_rows", values="cid", aggfunc="median"
     )
     figure, axes = _axes(6, 3.5)
-    image = axes.imshow(np.log10(wide), aspect="auto", origin="lower", cmap="viridis")
+    image = axes.imshow(np.log10(wide), aspect="auto", origin="lower", cmap="cividis")
     axes.set_xticks(range(wide.shape[1]), [f"{rows:g}" for rows in wide.columns])
     axes.set_yticks(range(wide.shape[0]), [f"{level:.2g}" for level in wide.index])
+    for (row, column), error in np.ndenumerate(wide.to_numpy()):
+        bright = np.log10(error) > np.mean(image.get_clim())
+        colour = "black" if bright else "white"
+        axes.text(column, row, f"{error:.2g}", ha="center", va="center", color=colour, fontsize=6)
     axes.set(xlabel="context rows", ylabel="standard deviation of the noise")
     figure.colorbar(image, label="log10 of the CID error")
     return figure
@@ -191,7 +199,8 @@ def bias_by_arm(scores: pd.DataFrame) -> "Figure | None":
             widths=0.35,
             showfliers=False,
             patch_artist=True,
-            boxprops={"facecolor": _colour(arm)},
+            boxprops={"facecolor": ("tab:blue", "tab:orange")[arm]},
+            medianprops={"color": "black"},
             label=f"do({arm})",
         )
     axes.axhline(0, color="grey", linestyle=":")
@@ -210,9 +219,11 @@ def uncertainty_by_case(scores: pd.DataFrame) -> "Figure | None":
         return None
     medians = table.groupby("case")[["entropy", "nll"]].median().sort_values("entropy")
     figure, axes = _axes(6, 3.5)
-    for index, column in enumerate(medians):
-        axes.barh(np.arange(len(medians)) + 0.4 * index, medians[column], 0.38, label=column)
-    axes.set_yticks(np.arange(len(medians)) + 0.2, medians.index, fontsize=8)
+    rows = np.arange(len(medians))
+    axes.hlines(rows, medians.min(axis=1), medians.max(axis=1), color="lightgrey")
+    for column, marker in (("entropy", "o"), ("nll", "s")):
+        axes.plot(medians[column], rows, marker, label=_UNCERTAINTY[column])
+    axes.set_yticks(rows, medians.index, fontsize=8)
     axes.set_xlabel("nats, outcome over its range (median over datasets)")
     _legend(axes)
     return figure
@@ -239,10 +250,11 @@ def assumptions(scores: pd.DataFrame) -> "Figure | None":
                 continue
             x = place + (index - (len(methods) - 1) / 2) * 0.8 / len(methods)
             low, high = median_interval(values)
-            axes.plot([x, x], [low, high], color=_colour(index), linewidth=1)
-            label = method if place == 0 else None
-            axes.plot(x, np.median(values), "o", markersize=4, color=_colour(index), label=label)
-    axes.set_xticks(range(len(groups)), list(groups))
+            axes.plot([x, x], [low, high], color=_colour(method), linewidth=1)
+            axes.plot(x, np.median(values), "o", markersize=4, color=_colour(method), label=method)
+    counts = [table[rows].dataset.nunique() for rows in groups.values()]
+    labels = [f"{name}\n({count})" for name, count in zip(groups, counts, strict=True)]
+    axes.set_xticks(range(len(groups)), labels, fontsize=8)
     axes.set(yscale="log", ylabel=LABELS["cid"])
     _legend(axes)
     return figure
@@ -250,18 +262,24 @@ def assumptions(scores: pd.DataFrame) -> "Figure | None":
 
 def observational_and_interventional(scores: pd.DataFrame) -> "Figure | None":
     """Error on the units' own treatment beside that on a set one (paper, Figure 14)."""
+    from matplotlib.ticker import LogLocator
+
     if "observational" not in scores:
         return None
-    table = scores[scores.suite.isin(_STUDIES) & ~scores.method.map(_sees_truth)]
+    table = scores[scores.suite.isin(_STUDIES) & ~scores.method.map(sees_truth)]
     medians = table.groupby("method")[["observational", "cid"]].median().dropna()
     if medians.empty:
         return None
     figure, axes = _axes(4.5, 4)
-    for index, (method, row) in enumerate(medians.iterrows()):
-        axes.plot(row.observational, row.cid, "o", color=_colour(index), label=method)
+    for method, row in medians.loc[_methods(medians.reset_index())].iterrows():
+        axes.plot(row.observational, row.cid, "o", color=_colour(str(method)), label=method)
     reach = [0.8 * medians.to_numpy().min(), 1.25 * medians.to_numpy().max()]
     axes.plot(reach, reach, color="grey", linestyle=":")
     axes.set(xscale="log", yscale="log", ylabel=LABELS["cid"])
+    for axis in (axes.xaxis, axes.yaxis):  # over few decades default labels collide
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.set_xlabel("error of observational prediction (normalised MSE)")
     _legend(axes)
     return figure
@@ -283,17 +301,19 @@ def _lines(
     figure = _figure(4.5 * len(metrics), 3.5)
     grid = figure.subplots(1, len(metrics), squeeze=False)
     for metric, axes in zip(metrics, grid.flat, strict=True):
-        for index, method in enumerate(_methods(table)):
+        for method in _methods(table):
             groups = table[table.method == method].dropna(subset=[metric]).groupby("place")[metric]
             if not len(groups):
                 continue
             medians = groups.median()
             intervals = np.array([median_interval(values.to_numpy()) for _, values in groups])
-            axes.plot(medians.index, medians, marker=".", color=_colour(index), label=method)
-            axes.fill_between(medians.index, *intervals.T, color=_colour(index), alpha=0.15)
+            axes.plot(medians.index, medians, marker=".", color=_colour(method), label=method)
+            if is_dopfn(method):  # bands of all would hide each other
+                axes.fill_between(medians.index, *intervals.T, color=_colour(method), alpha=0.15)
         axes.set(xscale=scale, yscale="log", xlabel=label, ylabel=LABELS[metric])
-    _legend(grid.flat[-1])
-    figure.tight_layout()
+        _crop(axes, table.groupby(["place", "method"], observed=True)[metric].median())
+    _legend(*grid.flat)
+    figure.set_layout_engine("constrained")
     return figure
 
 
@@ -309,11 +329,7 @@ def _studies(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
 def _methods(table: pd.DataFrame) -> list[str]:
     """Ours first, then competitors, then those that see the truth."""
     names = table.method.unique()
-    return sorted(names, key=lambda name: (_sees_truth(name), not name.startswith("dopfn"), name))
-
-
-def _sees_truth(name: str) -> bool:
-    return not name.startswith("dopfn") and find_method(name).sees_truth
+    return sorted(names, key=lambda name: (sees_truth(name), not name.startswith("dopfn"), name))
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -328,14 +344,40 @@ def _axes(width: float, height: float) -> tuple["Figure", "Axes"]:
     return figure, figure.subplots()
 
 
-def _colour(index: int) -> tuple[float, ...]:
+def _colour(method: str) -> tuple[float, ...]:
+    """Each method's own in all figures: our model in reds, those that see the truth in greys."""
     from matplotlib import colormaps
 
-    return colormaps["tab20"](index % 20)
+    if is_dopfn(method):
+        return (0.84, 0.15, 0.16) if method == "dopfn" else (1.0, 0.6, 0.6)
+    alike = [name for name in METHODS if sees_truth(name) == sees_truth(method)]
+    place = alike.index(method)
+    if sees_truth(method):
+        return (0.7 * (1 - (place + 1) / len(alike)),) * 3
+    others = [*range(6), *range(8, 14), *range(16, 20)]  # without reds and greys
+    return colormaps["tab20"](others[place % len(others)])
 
 
-def _legend(axes: "Axes") -> None:
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+def _label(method: str) -> str:
+    return f"{method} *" if sees_truth(method) else method
+
+
+def _crop(axes: "Axes", values: pd.Series) -> None:
+    """Leaves out of a logarithmic axis what is rounding only: exact answers of a constant."""
+    bottom, top = values[values > _ROUNDING].min(), values.max()
+    axes.set_ylim(bottom / 2, 2 * top)
+
+
+def _legend(*all_axes: "Axes") -> None:
+    """Beside the last axes, each name once."""
+    lines: dict[str, Any] = {}
+    for axes in all_axes:
+        handles, labels = axes.get_legend_handles_labels()
+        lines |= dict(zip(labels, handles, strict=True))
+    axes.legend(
+        lines.values(), lines, fontsize=7, frameon=False,
+        loc="center left", bbox_to_anchor=(1.0, 0.5),
+    )  # fmt: skip
 
 
 Draw = Callable[[pd.DataFrame], "Figure | None"]

@@ -7,12 +7,14 @@ installed is reported as absent, never replaced.
 import functools
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from dopfn_jax import checkpoints
@@ -52,14 +54,17 @@ class Method:
 
 
 def find_method(name: str) -> Method:
-    """A method by name; `dopfn:<checkpoint>` takes a shipped name or a folder.
+    """A method by name.
+
+    `dopfn[:<checkpoint>][,<setting>=<value>...]` takes a shipped name or a folder, and settings of
+    `DoPFNRegressor`, as in "dopfn:runs/cpu,n_estimators=4,transforms=none+quantile_y".
 
     Raises:
-        ValueError: no such method.
+        ValueError: no such method or setting.
     """
-    if name == "dopfn" or name.startswith("dopfn:"):
-        checkpoint = name.partition(":")[2] or DEFAULT_CHECKPOINT
-        return Method(functools.partial(_dopfn, checkpoint=checkpoint))
+    if is_dopfn(name):
+        checkpoint, settings = _read_name(name)
+        return Method(functools.partial(_dopfn, checkpoint=checkpoint, settings=settings))
     if name not in METHODS:
         raise ValueError(
             f"method {name!r}: choose from dopfn, dopfn:<checkpoint>, {', '.join(METHODS)}"
@@ -67,11 +72,21 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+def is_dopfn(name: str) -> bool:
+    """Whether a method is this package's model, whatever its weights and settings."""
+    return re.match(r"dopfn([:,]|$)", name) is not None
+
+
+def sees_truth(name: str) -> bool:
+    """`Method.sees_truth` of a method by name."""
+    return not is_dopfn(name) and find_method(name).sees_truth
+
+
 def checksum(name: str) -> str:
     """SHA-256 of the weights behind a method, empty for one without."""
-    if name != "dopfn" and not name.startswith("dopfn:"):
+    if not is_dopfn(name):
         return ""
-    path = name.partition(":")[2] or DEFAULT_CHECKPOINT
+    path, _ = _read_name(name)
     shipped = Path(checkpoints.__file__).parent / path
     for folder in (shipped, Path(path), Path(path) / checkpoints.RUN_WEIGHTS):
         if (folder / checkpoints.CONFIG_FILE).is_file():
@@ -80,13 +95,39 @@ def checksum(name: str) -> str:
     return ""
 
 
+def _read_name(name: str) -> tuple[str, dict[str, Any]]:
+    """The checkpoint and the settings of `DoPFNRegressor` in a method's name."""
+    first, *settings = name.split(",")
+    read = {}
+    known = DoPFNRegressor().get_params()
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key in ("checkpoint", "random_state") or key not in known or not value:
+            raise ValueError(
+                f"method {name!r}: {setting!r} is not <setting>=<value> of DoPFNRegressor, such as "
+                "n_estimators=4"
+            )
+        is_tuple = isinstance(known[key], tuple)
+        read[key] = tuple(value.split("+")) if is_tuple else _plain(value)
+    return first.partition(":")[2] or DEFAULT_CHECKPOINT, read
+
+
+def _plain(value: str) -> Any:
+    """A number, truth value or null as JSON writes it; else the text."""
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
 @functools.lru_cache(maxsize=2)
 def _load(checkpoint: str) -> Checkpoint:
     return checkpoints.from_pretrained(checkpoint)
 
 
-def _dopfn(data: Dataset, seed: int, checkpoint: str) -> Answer:
-    model = DoPFNRegressor(_load(checkpoint), random_state=seed).fit(data.x, data.t, data.y)
+def _dopfn(data: Dataset, seed: int, checkpoint: str, settings: dict[str, Any]) -> Answer:
+    model = DoPFNRegressor(_load(checkpoint), random_state=seed, **settings)
+    model.fit(data.x, data.t, data.y)
     low, high = (model.predict(data.query_x, arm) for arm in (0, 1))
     known = data.query_y is not None
     return _from_arms(
@@ -94,8 +135,8 @@ def _dopfn(data: Dataset, seed: int, checkpoint: str) -> Answer:
         low,
         high,
         distribution=model.predict_distribution(data.query_x, data.query_t) if known else None,
-        # It costs dozens of passes, so it is for data of which only an average is known.
-        ate_interval=model.ate_interval(data.query_x) if data.effect is None else None,
+        # It costs dozens of passes.
+        ate_interval=model.ate_interval(data.query_x) if data.asks_interval else None,
     )
 
 
@@ -277,11 +318,10 @@ def _fitted_scm(data: Dataset, seed: int, counterfactual: bool) -> Answer:
 
 def _dowhy(data: Dataset, seed: int, counterfactual: bool) -> Answer:
     """DoWhy's graphical causal model over the true graph, random forests as mechanisms."""
+    graph, units = _known_graph(data), pd.DataFrame(_units(data))
     import networkx
-    import pandas as pd
     from dowhy import gcm
 
-    graph, units = _known_graph(data), pd.DataFrame(_units(data))
     gcm.util.general.set_random_seed(seed)
     gcm.config.disable_progress_bars()
     gcm.config.set_default_n_jobs(1)

@@ -1,4 +1,4 @@
-"""Real and semi-synthetic studies: from files of the user's, or from installed packages."""
+"""Real and semi-synthetic studies: from files, or from installed packages."""
 
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ LAW_SCHOOL_GRAPH: Graph = {
     "LSAT": ("White", "Sex", "UGPA"),
     "ZFYA": ("White", "Sex", "UGPA", "LSAT"),
 }
+# Two of the files come with the repository.
+_EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 _LAW_SCHOOL_ROWS = 2000
 _LALONDE_CONTROLS = 2000
 
@@ -37,7 +39,7 @@ def amazon_sales(folder: Path | None, number: int) -> Dataset:
     As in the paper, all six other columns count as pre-intervention values, although every one of
     them descends from the event.
     """
-    table = pd.read_csv(_file(folder, "amazon_sales.csv")).drop(columns="Date").astype(float)
+    table = pd.read_csv(_file(folder, FILES["amazon_sales"])).drop(columns="Date").astype(float)
     return _against_counterfactuals(
         "amazon_sales", number, table, AMAZON_GRAPH, "Shopping Event?", "Profit"
     )
@@ -45,7 +47,7 @@ def amazon_sales(folder: Path | None, number: int) -> Dataset:
 
 def law_school(folder: Path | None, number: int) -> Dataset:
     """First-year average of law students, white against others, on 2,000 random rows."""
-    table = pd.read_csv(_file(folder, "law_school.csv"))
+    table = pd.read_csv(_file(folder, FILES["law_school"]))
     table["White"] = table["Race"] == "White"
     table = table[list(LAW_SCHOOL_GRAPH)].astype(float)
     table = table.sample(_LAW_SCHOOL_ROWS, random_state=number).reset_index(drop=True)
@@ -54,7 +56,7 @@ def law_school(folder: Path | None, number: int) -> Dataset:
 
 def nhefs(folder: Path | None, number: int) -> Dataset:
     """Weight gain after quitting smoking; textbooks adjust to 3.5 kg (2.6 to 4.5)."""
-    table = pd.read_csv(_file(folder, "nhefs.csv")).astype(float)
+    table = pd.read_csv(_file(folder, FILES["nhefs"])).astype(float)
     x = table.drop(columns=["qsmk", "wt82_71"]).to_numpy()
     t, y = table["qsmk"].to_numpy(), table["wt82_71"].to_numpy()
     return Dataset("real", "nhefs", number, x, t, y, query_x=x, query_t=t)
@@ -102,10 +104,19 @@ def ihdp_b(folder: Path | None, number: int) -> Dataset:
     return _ihdp("ihdp_b", number, *ihdp_surface_B(random_state=number))
 
 
+def find_file(folder: Path | None, name: str) -> Path | None:
+    """A file in the user's folder, or else among the repository's examples."""
+    for place in (folder, _EXAMPLES):
+        if place is not None and (place / name).is_file():
+            return place / name
+    return None
+
+
 def _file(folder: Path | None, name: str) -> Path:
-    if folder is None:
-        raise ValueError(f"{name} is a file of yours: give --data")
-    return folder / name
+    path = find_file(folder, name)
+    if path is None:
+        raise FileNotFoundError(f"{name} is a file of yours: give its folder as --data")
+    return path
 
 
 def _ihdp(case: str, number: int, y: NDArray, t: NDArray, x: NDArray, effect: NDArray) -> Dataset:
@@ -188,4 +199,5 @@ STUDIES = {
 }
 # Those without a random part.
 SINGLE = ("nhefs",)
-FROM_PACKAGES = ("ihdp_a", "ihdp_b", "lalonde")
+# The others come from packages.
+FILES = {name: f"{name}.csv" for name in ("nhefs", "amazon_sales", "law_school")}

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from dopfn_jax.evaluation import real
 from dopfn_jax.evaluation.claims import check_claims
-from dopfn_jax.evaluation.methods import find_method
+from dopfn_jax.evaluation.methods import METHODS, sees_truth
 from dopfn_jax.evaluation.metrics import compare_methods
-from dopfn_jax.evaluation.runner import KEY, read_records, read_table
+from dopfn_jax.evaluation.runner import KEY, latest, read_records, read_table
+from dopfn_jax.evaluation.suites import SUITES
 
 SCORES_FILE, MEDIANS_FILE, RUNS_FILE = "scores.csv", "medians.csv", "runs.csv"
 # What is published of a suite, each with its unit; smaller is better.
@@ -34,12 +36,19 @@ _TITLES = {
     "rows": "Number of context rows",
     "graphs": "Random graphs",
 }
+# Studies of which only an average is known.
+_AVERAGES = {
+    "nhefs": "NHEFS: weight gain after quitting smoking (kg); textbooks adjust to 3.5 (2.6 to 4.5)",
+    "lalonde": "Lalonde: earnings after job training ($)",
+}
 _TABLED = {
     "generated": ("cid", "cate"),
     "released": ("cid", "cate"),
     "simulated": ("pehe",),
     "real": ("pehe", "ate_error"),
 }
+# Weights of the paper's that this suite scores where they are there: --methods dopfn:FOLDER.
+_VARIANTS = ("dont_pfn", "do_pfn_short", "do_pfn_mixed", "do_pfn_graph")
 _CAPTIONS = {
     "cid_by_case": "Median CID error by case study; lines are bootstrap 95 % intervals.",
     "cate_by_case": "Median CATE error by case study.",
@@ -59,7 +68,7 @@ _CAPTIONS = {
 }
 
 
-def write_report(results: Path, folder: Path, reference: str = "dopfn") -> Path:
+def write_report(results: Path, folder: Path, command: str = "", reference: str = "dopfn") -> Path:
     """Writes folder/results/*.csv, folder/figures/*.png and folder/results.md.
 
     Figures and page are made from the CSV files alone.
@@ -67,6 +76,7 @@ def write_report(results: Path, folder: Path, reference: str = "dopfn") -> Path:
     Args:
         results: JSON lines that `runner.run` wrote.
         folder: where to write, such as `docs`.
+        command: what makes these results, for the page.
         reference: the method that the paired bootstrap compares the others with.
 
     Returns:
@@ -83,7 +93,7 @@ def write_report(results: Path, folder: Path, reference: str = "dopfn") -> Path:
     write_tables(results, tables, reference)
     figures = draw_all(read_scores(tables), folder / "figures")
     page = folder / "results.md"
-    page.write_text(_page(tables, figures))
+    page.write_text(_page(tables, figures, command))
     return page
 
 
@@ -93,9 +103,12 @@ def read_scores(tables: Path) -> pd.DataFrame:
 
 
 def write_tables(results: Path, folder: Path, reference: str = "dopfn") -> None:
-    """Writes the scores, their medians and the versions as CSV; arguments as for `write_report`."""
+    """Writes scores, medians and versions as CSV, of each method's latest weights and seed.
+
+    Arguments as for `write_report`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    scores = read_table(results).sort_values(["suite", "case", "dataset", "method"])
+    scores = latest(read_table(results)).sort_values(["suite", "case", "dataset", "method"])
     # Wall-clock differs between runs, so that it would make every table a new one.
     named = [*KEY, "data", "status", "reason"]
     scores = scores[[*named, *sorted(set(map(str, scores)) - {*named, "seconds"})]]
@@ -110,6 +123,7 @@ def write_tables(results: Path, folder: Path, reference: str = "dopfn") -> None:
             for record in read_records(results)
         ]
     ).drop_duplicates()
+    runs = runs.merge(scores[["suite", "method", "seed", "sha256"]].drop_duplicates())
     runs.sort_values(["suite", "method", "seed", "sha256", "versions"]).to_csv(
         folder / RUNS_FILE, index=False
     )
@@ -133,53 +147,114 @@ def _medians(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)[_MEDIAN_COLUMNS]
 
 
-def _page(tables: Path, figures: list[Path]) -> str:
+def _page(tables: Path, figures: list[Path], command: str) -> str:
     scores = read_scores(tables)
     medians = pd.read_csv(tables / MEDIANS_FILE)
     runs = pd.read_csv(tables / RUNS_FILE, keep_default_na=False)
     parts = [
         "# Results\n",
-        "Made by `scripts/evaluate.py --report` from the tables in `results/`: `scores.csv` holds "
-        "every score of every dataset, with seed and checksum of the weights, `medians.csv` the "
-        "medians with 95 % intervals of a paired bootstrap over datasets, `runs.csv` the versions. "
-        "Smaller is better throughout. Methods marked * see what a practitioner does not: the true "
-        "graph, the unit's own outcome, or the exact answer.\n",
-        _runs_section(scores, runs),
+        *([f"```bash\n{command}\n```\n"] if command else []),
+        "Made from the tables in `results/`: `scores.csv` holds every score of every dataset, with "
+        "seed and checksum of the weights, `medians.csv` the medians with 95 % intervals of a "
+        "paired bootstrap over datasets, `runs.csv` the versions. Smaller is better throughout. "
+        "Methods marked * see what a practitioner does not: the true graph, the unit's own "
+        "outcome, or the exact answer.\n",
         _claims_section(scores),
+        _runs_section(scores, runs),
+        _not_run_section(scores),
     ]
     for suite, metrics in _TABLED.items():
         sections = [_median_table(medians, suite, metric) for metric in metrics]
         if any(sections):
-            count = scores[scores.suite == suite].groupby("case").dataset.nunique().max()
-            parts.append(f"## {_TITLES[suite]}\n\nUp to {count} datasets per case.\n")
+            parts.append(f"## {_TITLES[suite]}\n")
             parts += sections
     parts.append(_averages(scores))
+    parts.append("## Figures\n")
     parts += [
-        f"## Figure: {path.stem}\n\n![{path.stem}](figures/{path.name})\n\n{_CAPTIONS[path.stem]}\n"
-        for path in figures
+        f"{_CAPTIONS[path.stem]}\n\n![{path.stem}](figures/{path.name})\n" for path in figures
     ]
     return "\n".join(part for part in parts if part)
 
 
+def _claims_section(scores: pd.DataFrame) -> str:
+    found = check_claims(scores)
+    verdicts = [finding.verdict for finding in found]
+    words = [word for word in ("yes", "no", "open", "not run") if word in verdicts]
+    held = ", ".join(f"{verdicts.count(word)} {word}" for word in words)
+    return (
+        f"## Claims of the paper ({held})\n\n"
+        "Ratios are paired: the errors on the same datasets, their median ratio with a bootstrap "
+        "95 % interval over datasets, against the competitor that is hardest to beat. A claim is "
+        "open where that interval leaves both answers possible. Case studies here are drawn anew "
+        "from the paper's definitions; where a claim's second column names a figure, the paper "
+        "shows it as a curve, without a number to compare.\n\n"
+        "| claim | in the paper | holds here | numbers here |\n|---|---|---|---|\n"
+        + "\n".join(f"| {' | '.join(finding)} |" for finding in found)
+        + "\n"
+    )
+
+
 def _runs_section(scores: pd.DataFrame, runs: pd.DataFrame) -> str:
+    lines = [
+        "## What was run\n",
+        "The paper has 100 datasets of each case study, and 500 random graphs.\n",
+        "| suite | cases | datasets per case | methods |",
+        "|---|---|---|---|",
+    ]
+    for suite, title in _TITLES.items():
+        own = scores[(scores.suite == suite) & (scores.status == "ok")]
+        if own.empty:
+            continue
+        counts = own.groupby("case").dataset.nunique()
+        number = f"{counts.min()}" + (f" to {counts.max()}" if counts.nunique() > 1 else "")
+        names = ", ".join(sorted(own.method.unique()))
+        lines.append(f"| {suite}: {title} | {len(counts)} | {number} | {names} |")
+    lines.append("")
     weights = runs[runs.sha256 != ""].drop_duplicates(["method", "sha256"])
-    lines = ["## What was run\n"]
     lines += [
         f"- `{row['method']}`: weights with SHA-256 `{row['sha256'][:16]}...`, seed {row['seed']}"
         for row in weights.to_dict("records")
     ]
     lines += [f"- versions: {text.replace('=', ' ')}" for text in sorted(set(runs.versions))]
-    failed = scores[scores.status == "failed"].groupby("method").size()
-    lines += [f"- `{name}` failed on {count} datasets" for name, count in failed.items()]
     return "\n".join(lines) + "\n"
 
 
-def _claims_section(scores: pd.DataFrame) -> str:
-    rows = [f"| {claim} | {holds} | {numbers} |" for claim, holds, numbers in check_claims(scores)]
-    if not rows:
-        return ""
-    header = "## Claims of the paper\n\n| claim | holds here | numbers |\n|---|---|---|"
-    return "\n".join([header, *rows]) + "\n"
+def _not_run_section(scores: pd.DataFrame) -> str:
+    """What this suite knows, and the paper has, but the tables lack."""
+    answered = scores[scores.status == "ok"]
+    names = [name for name in METHODS if name not in set(answered.method)]
+    absent = {name: METHODS[name].absent for name in names}
+    lines = ["## What was not run\n"]
+    lines += [
+        f"- suite {name}: {_TITLES[name]}" for name in SUITES if name not in set(answered.suite)
+    ]
+    lines += [f"- real study {name}" for name in real.STUDIES if name not in set(answered.case)]
+    lines += [
+        f"- method {name}: package {absent[name]} is absent" for name in names if absent[name]
+    ]
+    if left_out := [name for name in names if not absent[name]]:
+        lines.append(f"- methods left out by the command: {', '.join(left_out)}")
+    variants = [name for name in _VARIANTS if not answered.method.str.contains(name).any()]
+    if variants:
+        lines.append(f"- weights of the paper's variants: {', '.join(variants)}")
+    lines.append("- ACIC 2016 and RealCause, which this suite does not read")
+    for method, rows in scores[scores.status == "failed"].groupby("method"):
+        lines.append(
+            f"- {method} failed on {len(rows)} datasets ({_cases(rows)}): {_reasons(rows)}"
+        )
+    if len(skipped := scores[scores.status == "skipped"].drop_duplicates(list(KEY[:3]))):
+        lines.append(f"- {len(skipped)} datasets ({_cases(skipped)}): {_reasons(skipped)}")
+    return "\n".join(lines) + "\n"
+
+
+def _cases(rows: pd.DataFrame) -> str:
+    return ", ".join(sorted(set(rows.suite + "/" + rows.case)))
+
+
+def _reasons(rows: pd.DataFrame) -> str:
+    """The most frequent reason, and how many others there are."""
+    first, *others = rows.reason.value_counts().index
+    return first + (f"; {len(others)} other reasons" if others else "")
 
 
 def _median_table(medians: pd.DataFrame, suite: str, metric: str) -> str:
@@ -204,19 +279,25 @@ def _median_table(medians: pd.DataFrame, suite: str, metric: str) -> str:
 
 
 def _averages(scores: pd.DataFrame) -> str:
-    """Average effects where no truth is known beyond a published estimate."""
-    table = scores[(scores.suite == "real") & (scores.case == "nhefs")]
-    if table.empty or "ate" not in table or table.ate.isna().all():
-        return ""
-    lines = ["## NHEFS: weight gain after quitting smoking (kg)\n"]
-    lines += ["Textbook adjustment: 3.5 (2.6 to 4.5).\n", "| method | ATE |", "|---|---|"]
-    for row in table.dropna(subset=["ate"]).to_dict("records"):
-        low, high = row.get("ate_low", float("nan")), row.get("ate_high")
-        interval = "" if pd.isna(low) else f" ({low:.2f} to {high:.2f})"
-        lines.append(f"| {row['method']} | {row['ate']:.2f}{interval} |")
-    return "\n".join(lines) + "\n"
+    """Average effects where no unit's effect is known, with intervals of methods that give one."""
+    parts = []
+    for case, text in _AVERAGES.items():
+        table = scores[(scores.suite == "real") & (scores.case == case)]
+        if "ate" not in table or table.ate.isna().all():
+            continue
+        truth = table.ate_true.dropna() if "ate_true" in table else table.ate[:0]
+        trial = f"; the trial itself says {truth.median():,.4g}" if len(truth) else ""
+        lines = [f"## {text}{trial}\n", "| method | ATE (95 % interval) |", "|---|---|"]
+        for method, rows in table.dropna(subset=["ate"]).groupby("method"):
+            low, high = (
+                rows[name].median() if name in rows else float("nan")
+                for name in ("ate_low", "ate_high")
+            )
+            interval = "" if pd.isna(low) else f" ({low:,.4g} to {high:,.4g})"
+            lines.append(f"| {method} | {rows.ate.median():,.4g}{interval} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
 
 
 def _mark(name: str) -> str:
-    sees = not name.startswith("dopfn") and find_method(name).sees_truth
-    return " *" if sees else ""
+    return " *" if sees_truth(name) else ""

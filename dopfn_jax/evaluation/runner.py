@@ -1,11 +1,14 @@
 """Running methods on datasets: in parallel, one line of JSON per answer, resumable."""
 
+import functools
 import json
 import multiprocessing
+import random
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
+from dopfn_jax.evaluation.datasets import Dataset
 from dopfn_jax.evaluation.methods import NotApplicable, checksum, find_method
 from dopfn_jax.evaluation.metrics import score
 from dopfn_jax.evaluation.suites import Source
+from dopfn_jax.training.host import keep_compiled_programs
 
 _PACKAGES = (
     "dopfn-jax", "jax", "numpy", "scikit-learn", "pandas", "econml", "dowhy",
@@ -27,7 +32,7 @@ KEY = ("suite", "case", "dataset", "method", "seed", "sha256")
 
 def run(
     sources: Sequence[Source],
-    methods: Sequence[str],
+    methods: Sequence[str] | Mapping[str, Sequence[str]],
     output: Path,
     seed: int = 0,
     processes: int = 0,
@@ -35,11 +40,12 @@ def run(
     """Scores the methods on the datasets and appends each answer to a file of JSON lines.
 
     What the file holds already, from the same seed and weights, is not run again. A method that
-    fails on a dataset is recorded with its reason.
+    fails on a dataset is recorded with its reason; a dataset that could not be made or read, or
+    that a process died of, is tried again by the next run.
 
     Args:
         sources: the datasets.
-        methods: names for `find_method`.
+        methods: names for `find_method`, the same for all datasets or by suite.
         output: the file of JSON lines; made if it is not there.
         seed: of the methods.
         processes: worker processes; 0 works in this one.
@@ -51,23 +57,33 @@ def run(
         ValueError: an unknown method.
         CheckpointError: an unknown or damaged checkpoint.
     """
-    absent = {name: find_method(name).absent for name in methods}
-    sums = {name: checksum(name) for name in methods if not absent[name]}
-    done = {tuple(record[field] for field in KEY) for record in read_records(output)}
+    if not isinstance(methods, Mapping):
+        methods = {source.suite: methods for source in sources}
+    names = dict.fromkeys(name for chosen in methods.values() for name in chosen)
+    absent = {name: find_method(name).absent for name in names}
+    sums = {name: checksum(name) for name in names if not absent[name]}
+    done = {
+        tuple(record[field] for field in KEY)
+        for record in read_records(output)
+        if record["status"] != "skipped"
+    }
     jobs = [
         (source, todo, seed)
         for source in sources
         if (
             todo := {
-                name: sha256
-                for name, sha256 in sums.items()
-                if (*source.key, name, seed, sha256) not in done
+                name: sums[name]
+                for name in methods[source.suite]
+                if name in sums and (*source.key, name, seed, sums[name]) not in done
             }
         )
     ]
+    # Mixed, so that the pace so far tells how long the rest takes.
+    random.Random(0).shuffle(jobs)
     output.parent.mkdir(parents=True, exist_ok=True)
     cut_short = output.exists() and not output.read_text().endswith("\n")
-    with output.open("a") as file, tqdm(total=len(jobs), unit="dataset", mininterval=1) as bar:
+    bar = tqdm(total=len(jobs), unit="dataset", mininterval=1, smoothing=0)
+    with output.open("a") as file, bar:
         file.write("\n" if cut_short else "")
         for records in _answers(jobs, processes):
             file.writelines(json.dumps(record) + "\n" for record in records)
@@ -101,9 +117,18 @@ def read_table(path: Path) -> pd.DataFrame:
         }
         for record in read_records(path)
     ]
-    return pd.DataFrame(records).drop_duplicates(list(KEY), keep="last", ignore_index=True)
+    columns = None if records else list(KEY)
+    table = pd.DataFrame(records, columns=columns)
+    return table.drop_duplicates(list(KEY), keep="last", ignore_index=True)
 
 
+def latest(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each method's last weights and seed, of a table in the order of its file."""
+    last = table.groupby("method")[["seed", "sha256"]].transform("last")
+    return table[(table.seed == last.seed) & (table.sha256 == last.sha256)]
+
+
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of the packages that answers depend on, as far as they are installed."""
     found = {}
@@ -116,64 +141,99 @@ def versions() -> dict[str, str]:
 
 
 _Job = tuple[Source, dict[str, str], int]
+_Records = list[dict[str, Any]]
 
 
-def _answers(jobs: Sequence[_Job], processes: int) -> Iterator[list[dict[str, Any]]]:
+def _answers(jobs: Sequence[_Job], processes: int) -> Iterator[_Records]:
     if not processes:
         yield from map(_answer, jobs)
         return
+    while jobs:
+        lost = yield from _in_processes(jobs, processes)
+        # One of the jobs that were started killed its process: each is tried on its own.
+        suspects, jobs = lost[: processes + 1], lost[processes + 1 :]
+        for job in suspects:
+            if (yield from _in_processes([job], 1)):
+                yield _skip(job, "its process died")
+
+
+def _in_processes(
+    jobs: Sequence[_Job], processes: int
+) -> Generator[_Records, None, Sequence[_Job]]:
+    """Yields answers; returns, in order, the jobs that have none because a process died."""
+    lost = []
     # Spawned, because a forked JAX deadlocks.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        futures = [pool.submit(_answer, job) for job in jobs]
+    with ProcessPoolExecutor(processes, context, keep_compiled_programs) as pool:
+        futures = {pool.submit(_answer, job): place for place, job in enumerate(jobs)}
         try:
             for future in as_completed(futures):
-                yield future.result()
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    lost.append(futures[future])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    return [jobs[place] for place in sorted(lost)]
 
 
-def _answer(job: _Job) -> list[dict[str, Any]]:
+def _answer(job: _Job) -> _Records:
     """The records of one dataset."""
     source, methods, seed = job
-    suite, case, number = source.key
-    data, problem = None, ""
     try:
         data = source.load()
-        if data.is_degenerate:
-            problem = "the context has one treatment arm only"
-    except ImportError as error:
-        problem = f"the dataset cannot be made: {error}"
+    except Exception as error:  # a file, or a library that simulates, may fail in any way
+        return _skip(job, _text(error))
     records = []
-    for name, sha256 in methods.items():
-        status, reason, scores, start = "ok", problem, {}, time.monotonic()
-        if problem or data is None:
-            status = "skipped"
-        else:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # libraries' advice about such data
-                    scores = score(data, find_method(name).answer(data, seed))
-            except NotApplicable as error:
-                status, reason = "not applicable", str(error)
-            except Exception as error:  # a library may fail in any way; the table says so
-                status, reason = "failed", f"{type(error).__name__}: {error}"[:300]
-        records.append(
-            {
-                "suite": suite,
-                "case": case,
-                "dataset": number,
-                "method": name,
-                "seed": seed,
-                "sha256": sha256,
-                "status": status,
-                "reason": reason,
-                "seconds": round(time.monotonic() - start, 3),
-                "scores": scores,
-                "data": data.fingerprint if data is not None else "",
-                "facts": data.facts if data is not None else {},
-                "versions": versions(),
-            }
-        )
+    for name in methods:
+        status, reason, scores, start = "ok", "", {}, time.monotonic()
+        try:
+            if data.is_degenerate:
+                raise NotApplicable("the context has one treatment arm only")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # libraries' advice about such data
+                scores = score(data, find_method(name).answer(data, seed))
+        except NotApplicable as error:
+            status, reason = "not applicable", str(error)
+        except Exception as error:  # a library may fail in any way; the table says so
+            status, reason = "failed", _text(error)
+        records.append(_record(job, name, status, reason, scores, time.monotonic() - start, data))
     return records
+
+
+def _skip(job: _Job, reason: str) -> _Records:
+    """Records of a dataset that no method has seen."""
+    return [_record(job, name, "skipped", reason) for name in job[1]]
+
+
+def _record(
+    job: _Job,
+    method: str,
+    status: str,
+    reason: str,
+    scores: dict[str, float] | None = None,
+    seconds: float = 0.0,
+    data: Dataset | None = None,
+) -> dict[str, Any]:
+    source, methods, seed = job
+    suite, case, number = source.key
+    return {
+        "suite": suite,
+        "case": case,
+        "dataset": number,
+        "method": method,
+        "seed": seed,
+        "sha256": methods[method],
+        "status": status,
+        "reason": reason,
+        "seconds": round(seconds, 3),
+        "scores": scores or {},
+        "data": data.fingerprint if data is not None else "",
+        "facts": data.facts if data is not None else {},
+        "versions": versions(),
+    }
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]

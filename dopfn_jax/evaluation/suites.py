@@ -15,7 +15,10 @@ from dopfn_jax.evaluation.simulators import SIMULATORS, simulate
 CONTEXT_ROWS = (5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 _ROWS_CASES = ("observed_confounder", "confounder_mediator", "frontdoor", "unobserved_confounder")
 _QUERY_ROWS = 500
-GRAPHS = generated.Study(PriorConfig(min_nodes=4, max_nodes=10, zero_effect_share=0.0))
+# All of one size, so that only the graph differs.
+GRAPHS = generated.Study(
+    PriorConfig(min_nodes=4, max_nodes=10, zero_effect_share=0.0), rows=(1000, 1000)
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def _real(count: int, cache: Path, data: Path | None) -> list[Source]:
     return [
         Source("real", case, k, functools.partial(study, data, k))
         for case, study in real.STUDIES.items()
-        if data is not None or case in real.FROM_PACKAGES
+        if case not in real.FILES or real.find_file(data, real.FILES[case])
         for k in range(1, (1 if case in real.SINGLE else count) + 1)
     ]
 

@@ -69,6 +69,13 @@ class DoPFNCateEstimator(BaseEstimator):
         """The effect of treatment 1 against 0, (M, 1, 1): rows, outcomes, treatments."""
         return self.effect(X).reshape(-1, 1, 1)
 
+    def const_marginal_effect_interval(
+        self, X: Data | None = None, *, alpha: float = 0.05
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """`effect_interval` of treatment 1 against 0, (M, 1, 1) each."""
+        low, high = self.effect_interval(X, alpha=alpha)
+        return low.reshape(-1, 1, 1), high.reshape(-1, 1, 1)
+
     def effect_interval(
         self, X: Data | None = None, *, T0: Data = 0, T1: Data = 1, alpha: float = 0.05
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

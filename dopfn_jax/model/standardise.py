@@ -5,7 +5,8 @@ It makes every answer follow affine changes (a > 0) of the outcome and ignore th
 Axes: B tasks, N context rows, R rows of either kind, F covariates.
 """
 
-import flax.struct
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 LINEAR_RANGE = 5.0
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Scaler:
     """Location and scale of covariates and outcome, from the context rows.
 

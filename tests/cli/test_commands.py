@@ -1,6 +1,7 @@
 import argparse
 import importlib
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 
 from dopfn_jax.checkpoints import checkpoint_names
 from dopfn_jax.cli import info, main, train
+from dopfn_jax.cli.stages import say
 from dopfn_jax.config import preset_names
 from dopfn_jax.evaluation import runner
 from dopfn_jax.evaluation.methods import METHODS
@@ -83,6 +85,16 @@ def test_only_what_we_explain_loses_its_traceback(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(info, "describe", broken)
     with pytest.raises(ValueError, match="from deep inside"):
         main(["info", "x"])
+
+
+def test_stages_are_said_to_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    say("compiling")
+    assert not terminal.getvalue()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    say("compiling")
+    assert terminal.getvalue() == "compiling ...\n"
 
 
 def test_a_stop_is_no_failure(

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dopfn_jax.checkpoints import DEFAULT_CHECKPOINT, checkpoint_names
+from dopfn_jax.checkpoints import DEFAULT_CHECKPOINT, checkpoint_names, save_checkpoint
 from dopfn_jax.cli import main
+from dopfn_jax.diagnostics import table_statistics
 from dopfn_jax.estimators import DoPFNRegressor
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
@@ -78,6 +79,16 @@ def test_prints_the_effect_and_writes_a_row_for_each_row(run, checkpoint) -> Non
     np.testing.assert_allclose(effects["cid1"] - effects["cid0"], effects["cate"], atol=1e-3)
     for arm in (0, 1):
         assert (np.diff(effects.filter(regex=f"cid{arm}_q"), axis=1) > 0).all()
+
+
+def test_what_is_unlike_the_prior_is_said_once(run, checkpoint, folder) -> None:
+    names = table_statistics(np.zeros((4, 1)), [0, 1, 0, 1], [1, 2, 3, 4])
+    ranges = {**dict.fromkeys(names, (-1e9, 1e9)), "covariates": (5.0, 9.0)}
+    weights = folder / "weights"
+    save_checkpoint(weights, checkpoint.model, checkpoint.config, 0, usual_tables={16: ranges})
+    code, printed, errors = run("--covariates", "age", weights=weights)
+    assert (code, errors) == (0, "")
+    assert printed.count(f"warning: unlike the prior of {weights}") == 1
 
 
 def test_json_holds_the_summary(run) -> None:

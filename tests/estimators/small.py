@@ -14,6 +14,6 @@ def table(rows: int = ROWS) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     return X, t, y
 
 
-def assert_same(actual, expected, tolerance: float = 1e-4) -> None:
+def assert_same(actual, expected, tolerance: float = 1e-5) -> None:
     """Equal up to a tolerance relative to the largest expected value."""
     np.testing.assert_allclose(actual, expected, atol=tolerance * np.abs(expected).max())

@@ -6,22 +6,23 @@ import pytest
 from dopfn_jax.calibration import calibration_report
 from dopfn_jax.cells import TableError
 from dopfn_jax.estimators import DoPFNRegressor
-from tests.estimators.small import table
-
-ROWS = 600
+from tests.estimators.small import COVARIATES, ROWS, table
 
 
 @pytest.fixture(scope="module")
 def query() -> tuple[pd.DataFrame, np.ndarray]:
+    return draw(ROWS)
+
+
+def draw(rows: int) -> tuple[pd.DataFrame, np.ndarray]:
     generator = np.random.default_rng(1)
-    columns = table()[0].columns
-    x = pd.DataFrame(generator.normal(size=(ROWS, 3)), columns=columns)
-    return x, generator.integers(2, size=ROWS)
+    x = pd.DataFrame(generator.normal(size=(rows, COVARIATES)), columns=table()[0].columns)
+    return x, generator.integers(2, size=rows)
 
 
 @pytest.mark.slow
-def test_outcomes_drawn_from_the_predictions_are_calibrated(fitted, query) -> None:
-    x, t = query
+def test_outcomes_drawn_from_the_predictions_are_calibrated(fitted) -> None:
+    x, t = draw(600)
     y = fitted.sample(x, t, 1)[0]
     report = calibration_report(fitted, x, t, y)
     np.testing.assert_allclose(report.coverage, report.levels, atol=0.06)
@@ -60,7 +61,7 @@ def test_wrong_centres_and_widths_show(fitted, query) -> None:
 def test_the_report_prints_and_becomes_plain(fitted, query) -> None:
     x, t = query
     report = calibration_report(fitted, x, t, fitted.predict(x, t))
-    assert str(report).startswith("600 rows; CRPS ")
+    assert str(report).startswith("16 rows; CRPS ")
     assert report.to_dict()["picp"]["level"] == report.levels.tolist()
 
 

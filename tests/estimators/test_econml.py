@@ -6,15 +6,16 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from dopfn_jax.cells import TableError
 from dopfn_jax.estimators import DoPFNRegressor
 from dopfn_jax.interop.econml import DoPFNCateEstimator
+from tests.estimators.small import ROWS
 
 
 @pytest.fixture(scope="module")
 def table() -> tuple[np.ndarray, ...]:
     """Covariates, treatment and outcome; the effect is the first covariate."""
     generator = np.random.default_rng(0)
-    x = generator.normal(size=(60, 3))
-    t = generator.integers(2, size=60)
-    return x, t, t * x[:, 0] + 0.1 * generator.normal(size=60)
+    x = generator.normal(size=(ROWS, 3))
+    t = generator.permutation(np.arange(ROWS) % 2)
+    return x, t, t * x[:, 0] + 0.1 * generator.normal(size=ROWS)
 
 
 def test_speaks_the_vocabulary_of_econml(checkpoint, table) -> None:
@@ -23,10 +24,12 @@ def test_speaks_the_vocabulary_of_econml(checkpoint, table) -> None:
     effects = DoPFNRegressor(checkpoint).fit(x, t, y).cate(x)
     np.testing.assert_array_equal(estimator.effect(x), effects)
     np.testing.assert_array_equal(estimator.effect(x, T0=1, T1=0), -effects)
-    assert estimator.const_marginal_effect(x).shape == (60, 1, 1)
+    assert estimator.const_marginal_effect(x).shape == (ROWS, 1, 1)
     assert estimator.ate(x) == pytest.approx(effects.mean())
     low, high = estimator.effect_interval(x, alpha=0.1)
     assert (low < effects).all() and (effects < high).all()
+    ends = estimator.const_marginal_effect_interval(x, alpha=0.1)
+    np.testing.assert_array_equal(ends, np.reshape([low, high], (2, ROWS, 1, 1)))
 
 
 def test_controls_are_covariates_that_queries_lack(checkpoint, table) -> None:
@@ -37,16 +40,17 @@ def test_controls_are_covariates_that_queries_lack(checkpoint, table) -> None:
     expected = DoPFNRegressor(checkpoint).fit(x, t, y).cate(unknown)
     np.testing.assert_allclose(estimator.effect(x[:, :1]), expected, rtol=1e-5)
     with pytest.raises(TableError, match="fit cannot use sample_weight: leave it out"):
-        clone(estimator).fit(y, t, X=x, sample_weight=np.ones(60))
+        clone(estimator).fit(y, t, X=x, sample_weight=np.ones(ROWS))
 
 
 def test_scorers_of_econml_take_it(checkpoint, table) -> None:
     pytest.importorskip("econml")
+    from econml.cate_interpreter import SingleTreePolicyInterpreter
     from econml.score import EnsembleCateEstimator, RScorer
     from econml.validate import DRTester
 
     x, t, y = table
-    estimator = DoPFNCateEstimator(DoPFNRegressor(checkpoint)).fit(y, t, X=x)
+    estimator = DoPFNCateEstimator(DoPFNRegressor(checkpoint, n_resamples=4)).fit(y, t, X=x)
     nuisances = {"model_t": LogisticRegression(), "model_y": LinearRegression()}
     scorer = RScorer(**nuisances, discrete_treatment=True, random_state=0).fit(y, t, X=x)
     residuals_y, residuals_t = scorer.lineardml_._cached_values.nuisances
@@ -55,6 +59,9 @@ def test_scorers_of_econml_take_it(checkpoint, table) -> None:
     assert scorer.score(estimator) == pytest.approx(1 - loss / scorer.base_score_)
     ensemble = EnsembleCateEstimator(cate_models=[estimator], weights=np.ones(1))
     np.testing.assert_allclose(ensemble.effect(x), estimator.effect(x))
+
+    policy = SingleTreePolicyInterpreter(risk_level=0.1, max_depth=1).interpret(estimator, x)
+    assert set(policy.treat(x)) <= {0, 1}
 
     tester = DRTester(
         model_regression=LinearRegression(), model_propensity=LogisticRegression(), cate=estimator

@@ -1,5 +1,8 @@
+import dataclasses
+import io
 import json
 import math
+import os
 import subprocess
 import sys
 import zipfile
@@ -43,7 +46,7 @@ class TestAnswers:
             assert answer.shape == (5,)
             assert answer.dtype == np.float64
         assert fitted.predict(X[:5], 1, "quantiles", [0.1, 0.9]).shape == (5, 2)
-        assert fitted.predict_distribution(X[:5], 1).batch_shape == (5,)
+        assert fitted.predict(X[:5], 1, "distribution").batch_shape == (5,)
         assert fitted.cate(X[:5]).shape == (5,)
         assert isinstance(fitted.ate(X[:5]), float)
 
@@ -58,24 +61,28 @@ class TestAnswers:
         names = ("mean", "median", "mode", "quantiles")
         summaries = zip(names, summarise(fitted.predict_distribution(X, t)), strict=True)
         for output_type, expected in summaries:
-            assert_same(fitted.predict(X, t, output_type), expected, 1e-5)
+            assert_same(fitted.predict(X, t, output_type), expected)
 
     def test_effects_are_differences_of_means(self, fitted) -> None:
         X, _, _ = table()
         effects = fitted.predict(X, np.ones(ROWS)) - fitted.predict(X, 0)
-        assert_same(fitted.cate(X), effects, 1e-5)
+        assert_same(fitted.cate(X), effects)
         np.testing.assert_array_equal(fitted.cate(), fitted.cate(X))
         assert fitted.ate() == pytest.approx(effects.mean(), rel=1e-4)
         assert fitted.ate(X[:3]) == pytest.approx(effects[:3].mean(), rel=1e-4)
 
     def test_chunks_change_nothing(self, fitted, monkeypatch) -> None:
         X = pd.concat([table()[0]] * 3, ignore_index=True)[:40]
-        whole = fitted.predict(X, 1), fitted.cate(X), fitted.predict_distribution(X, 1).logits
+
+        def answers() -> tuple:
+            logits = fitted.predict_distribution(X, 1).logits
+            return fitted.predict(X, 1), fitted.cate(X), logits, *fitted.cate_interval(X)
+
+        whole = answers()
         monkeypatch.setattr(inference, "CHUNK_ROWS", 16)
         assert len(list(fitted.network_.chunks(40, 16))) == 3
-        chunked = fitted.predict(X, 1), fitted.cate(X), fitted.predict_distribution(X, 1).logits
-        for parts, expected in zip(chunked, whole, strict=True):
-            assert_same(parts, expected, 1e-5)
+        for parts, expected in zip(answers(), whole, strict=True):
+            assert_same(parts, expected)
 
     def test_order_of_rows_and_columns_does_not_matter(self, checkpoint, fitted) -> None:
         X, t, y = table()
@@ -93,19 +100,20 @@ class TestAnswers:
     ) -> None:
         X, t, y = table()
         other = DoPFNRegressor(checkpoint).fit(X, t, scale * y + shift)
-        assert_same((other.predict(X, t) - shift) / scale, fitted.predict(X, t))
-        assert_same(other.cate() / scale, fitted.cate())
-        assert_same(other.ate() / scale, fitted.ate())
+        # Float64 itself holds 1.6e9 + 0.01 y no better than 1e-5 of the spread of y.
+        assert_same((other.predict(X, t) - shift) / scale, fitted.predict(X, t), 5e-5)
+        assert_same(other.cate() / scale, fitted.cate(), 5e-5)
+        assert_same(other.ate() / scale, fitted.ate(), 5e-5)
 
     def test_answers_do_not_depend_on_the_units_of_covariates(self, checkpoint, fitted) -> None:
         X, t, y = table()
         X = X * [1e-30, 1e30, 1.0] + [0.0, 0.0, 1.6e9]
-        assert_same(DoPFNRegressor(checkpoint).fit(X, t, y).cate(X), fitted.cate(), 1e-3)
+        assert_same(DoPFNRegressor(checkpoint).fit(X, t, y).cate(X), fitted.cate())
 
     def test_every_row_is_answered_on_its_own(self, fitted) -> None:
         X, _, _ = table()
         alone = np.concatenate([fitted.cate(X[i : i + 1]) for i in range(3)])
-        assert_same(alone, fitted.cate(X)[:3], 1e-5)
+        assert_same(alone, fitted.cate(X)[:3])
 
     def test_no_query_rows_give_empty_answers(self, fitted) -> None:
         nothing = table()[0][:0]
@@ -176,7 +184,7 @@ class TestInterval:
         for i in (0, 5):
             half = halves[i]
             alone = DoPFNRegressor(checkpoint).fit(X.iloc[half], t[half], y[half]).ate(X)
-            assert together[i] == pytest.approx(alone, rel=1e-3, abs=1e-4)
+            assert together[i] == pytest.approx(alone, abs=1e-5 * y.std())
 
     def test_many_rows_share_the_error_of_some(self, fitted, monkeypatch) -> None:
         X = pd.concat([table()[0]] * 3)
@@ -230,10 +238,10 @@ class TestSaving:
             "print(json.dumps([model.cate(X).tolist(), model.ate_interval()]))"
         )
         command = [sys.executable, "-c", program, path, query]
-        result = subprocess.run(command, capture_output=True, text=True)
+        environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as here
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert result.returncode == 0, result.stderr
         effects, interval = json.loads(result.stdout)
-        # Compiled with optimisations there, and without here.
         assert_same(effects, fitted.cate())
         assert_same(interval, fitted.ate_interval())
 
@@ -367,6 +375,8 @@ class TestRefused:
     def test_settings(self, checkpoint) -> None:
         with pytest.raises(ValueError, match="n_resamples is 1, but must be 2 or more"):
             DoPFNRegressor(checkpoint, n_resamples=1).fit(*table())
+        with pytest.raises(ValueError, match="random_state is 'today', but must be an integer"):
+            DoPFNRegressor(checkpoint, random_state="today").fit(*table())
 
     def test_missing_checkpoint(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="nowhere"):
@@ -396,6 +406,31 @@ class TestRefused:
         model = DoPFNRegressor(checkpoint).fit(X, t, 1.6e9 + 0.01 * y)
         with pytest.raises(TableError, match=r"float32 cannot hold .* mean 1\.6e\+09"):
             model.predict_distribution(X, 1)
+
+
+@pytest.mark.skipif(DEFAULT_CHECKPOINT not in checkpoint_names(), reason="no weights are shipped")
+def test_shipped_weights_are_read_once() -> None:
+    first, second = (DoPFNRegressor()._load_checkpoint() for _ in range(2))
+    assert first is second
+
+
+def test_a_folder_is_read_again(checkpoint, tmp_path) -> None:
+    """Training may have gone on in the meantime."""
+    model = DoPFNRegressor(tmp_path / "weights")
+    for steps in (1, 2):
+        save_checkpoint(tmp_path / "weights", checkpoint.model, checkpoint.config, steps)
+        assert model._load_checkpoint().steps == steps
+
+
+def test_bars_are_for_terminals_and_long_waits(fitted, monkeypatch) -> None:
+    verbose = dataclasses.replace(fitted.network_, verbose=True)
+    assert verbose.progress([], "queries").disable
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert not verbose.progress([], "queries").disable
+    assert verbose.progress([], "queries").delay == 2
+    assert fitted.network_.progress([], "queries").disable
 
 
 def test_row_sizes() -> None:

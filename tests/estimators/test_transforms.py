@@ -75,13 +75,13 @@ def test_ranks_do_not_change_with_the_units(checkpoint) -> None:
         for outcome in (y, cube)
     ]
     logits = [model.predict_distribution(X, 1).logits for model in by_y]
-    assert_same(*logits, 1e-4)
+    assert_same(*logits)
     assert by_y[1].predict(X, 1).min() > cube.min() - np.ptp(cube)
     by_x = [
         DoPFNRegressor(checkpoint, transforms=("quantile_x",)).fit(covariates, t, y)
         for covariates in (X, exponential)
     ]
-    assert_same(by_x[0].cate(X), by_x[1].cate(exponential), 1e-4)
+    assert_same(by_x[0].cate(X), by_x[1].cate(exponential))
     assert np.abs(by_x[0].cate(X) - DoPFNRegressor(checkpoint).fit(X, t, y).cate(X)).max() > 1e-3
 
 
@@ -104,8 +104,8 @@ def test_members_are_averaged_in_probability(checkpoint) -> None:
     together.fit(None, t, np.exp(y / 4))
     means = [model.predict(None, [0, 1]) for model in members]
     assert np.ptp(means, axis=0).min() > 1e-4
-    assert_same(together.predict(None, [0, 1]), np.mean(means, axis=0), 1e-5)
-    assert_same(together.cate(), np.mean([model.cate() for model in members], axis=0), 1e-5)
+    assert_same(together.predict(None, [0, 1]), np.mean(means, axis=0))
+    assert_same(together.cate(), np.mean([model.cate() for model in members], axis=0))
     mixture = together.predict_distribution(None, [0, 1])
     borders = mixture.borders[1:-1, None]
     below = [cdf(model.predict_distribution(None, [0, 1]), borders) for model in members]
@@ -115,11 +115,13 @@ def test_members_are_averaged_in_probability(checkpoint) -> None:
 def test_missing_cells_and_saving(checkpoint, tmp_path) -> None:
     X, t, y = table()
     X.iloc[::3, 1] = np.nan
-    model = DoPFNRegressor(checkpoint, n_estimators=4, transforms=TRANSFORMS).fit(X, t, y)
+    settings = {"n_estimators": 4, "transforms": TRANSFORMS, "random_state": None}
+    model = DoPFNRegressor(checkpoint, **settings).fit(X, t, y)
     assert np.isfinite(model.cate()).all()
     model.save(tmp_path / "model")
     loaded = DoPFNRegressor.load(tmp_path / "model")
     assert loaded.transforms == TRANSFORMS
+    # Without a seed of their own its members would see the columns in other orders.
     np.testing.assert_array_equal(loaded.cate(), model.cate())
 
 

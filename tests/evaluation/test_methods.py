@@ -1,10 +1,19 @@
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from dopfn_jax.checkpoints import DEFAULT_CHECKPOINT, CheckpointError
 from dopfn_jax.evaluation.datasets import Dataset, load_datasets
-from dopfn_jax.evaluation.methods import METHODS, Method, NotApplicable, checksum, find_method
+from dopfn_jax.evaluation.methods import (
+    METHODS,
+    Method,
+    NotApplicable,
+    checksum,
+    find_method,
+    is_dopfn,
+)
 from dopfn_jax.evaluation.metrics import score
 
 # Names in the table of reference errors, where they differ by task.
@@ -88,8 +97,43 @@ def test_the_checksum_is_that_of_the_weights():
     assert len(checksum("dopfn")) == 64
     assert checksum("dopfn") == checksum(f"dopfn:{DEFAULT_CHECKPOINT}")
     assert checksum("rf") == ""
+    assert checksum("dopfn") == checksum("dopfn,n_estimators=2")
     with pytest.raises(CheckpointError, match="neither shipped"):
         checksum("dopfn:nowhere")
+
+
+def test_settings_of_the_estimator_are_read_from_the_name():
+    name = "dopfn:runs/cpu,n_estimators=2,cache=false,transforms=none+quantile_y,device=cpu"
+    assert find_method(name).answer.keywords == {
+        "checkpoint": "runs/cpu",
+        "settings": {
+            "n_estimators": 2,
+            "cache": False,
+            "transforms": ("none", "quantile_y"),
+            "device": "cpu",
+        },
+    }
+    assert is_dopfn(name) and is_dopfn("dopfn,n_estimators=4") and not is_dopfn("dopfn_rf")
+    for wrong in ("dopfn,members=4", "dopfn,n_estimators", "dopfn,random_state=1"):
+        with pytest.raises(ValueError, match="is not <setting>=<value> of DoPFNRegressor"):
+            find_method(wrong)
+
+
+def test_settings_reach_the_estimator(study, checkpoint_folder):
+    answers = [
+        find_method(f"dopfn:{checkpoint_folder}{settings}").answer(study, 0)
+        for settings in ("", ",n_estimators=2,transforms=none+quantile_y", ",n_estimators=1")
+    ]
+    assert not np.allclose(answers[0].cid, answers[1].cid)
+    np.testing.assert_array_equal(answers[0].cid, answers[2].cid)
+    assert answers[0].ate_interval is None
+
+
+def test_an_interval_is_computed_where_only_an_average_is_known(study, checkpoint_folder):
+    bare = dataclasses.replace(study, effect=None)
+    method = find_method(f"dopfn:{checkpoint_folder},n_resamples=2")
+    low, high = method.answer(bare, 0).ate_interval
+    assert low < high
 
 
 def test_simple_methods_reproduce_the_reference_errors(released):

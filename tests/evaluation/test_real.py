@@ -52,6 +52,6 @@ def test_hills_surfaces_and_lalonde_come_from_their_packages():
     assert len(trial.query_x) == trial.t.sum() == 185
 
 
-def test_a_missing_folder_is_named():
-    with pytest.raises(ValueError, match="--data"):
-        real.nhefs(None, 1)
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"law_school.csv .*--data"):
+        real.law_school(None, 1)

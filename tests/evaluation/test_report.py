@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from dopfn_jax.evaluation.claims import check_claims
+from dopfn_jax.evaluation.figures import case_study_bars
 from dopfn_jax.evaluation.metrics import LEVELS
 from dopfn_jax.evaluation.report import MEDIANS_FILE, read_scores, write_report, write_tables
 
@@ -43,6 +44,8 @@ def results(tmp_path_factory):
             "graphs", "graphs", number, rows=100.0, nodes=4.0 + hidden, edges=float(number),
             effect_size=effect, hidden=float(hidden), confounded=float(hidden == 2),
         )  # fmt: skip
+    broken = {"suite": "real", "case": "ihdp_a", "method": "rf", "sha256": "", "scores": {}}
+    records.append(records[-1] | broken | {"status": "failed", "reason": "it broke", "facts": {}})
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -50,7 +53,7 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(results, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    write_report(results, folder)
+    write_report(results, folder, "python scripts/evaluate.py --quick --report docs")
     return folder
 
 
@@ -74,15 +77,49 @@ def test_the_page_shows_every_figure_and_the_checksum(report):
 
 
 def test_claims_are_decided_by_the_numbers(report):
-    claims = {
-        claim: (holds, text) for claim, holds, text in check_claims(read_scores(report / "results"))
-    }
-    assert claims["Predictive intervals are calibrated"][0] == "yes"
-    assert claims["More rows help"][0] == "yes"
-    best = "CATE: better than every method that does not know the graph"
-    assert claims[best] == ("yes", "on 2 of 2 case studies")
-    worse = read_scores(report / "results").replace({"method": {"dopfn": "rf", "rf": "dopfn"}})
-    assert {claim: holds for claim, holds, _ in check_claims(worse)}[best] == "no"
+    scores = read_scores(report / "results")
+    claims = {finding.claim: finding for finding in check_claims(scores)}
+    assert claims["Predictive intervals are calibrated"].verdict == "yes"
+    assert claims["More rows help"].verdict == "yes"
+    best = "CATE of case studies: errs less than every method without the graph"
+    assert claims[best].verdict == "yes"
+    assert claims[best].numbers == "0.50 (0.50 to 0.50) times the error of `linear`, 24 datasets"
+    worse = scores.replace({"method": {"dopfn": "rf", "rf": "dopfn"}})
+    claims = {finding.claim: finding for finding in check_claims(worse)}
+    assert claims[best].verdict == "no"
+    assert "3.00 (3.00 to 3.00) times the error of `rf`" in claims[best].numbers
+
+
+def test_a_claim_is_open_where_datasets_disagree_and_not_run_where_there_are_few(report):
+    scores = read_scores(report / "results")
+    scores = scores[scores.method.isin(["dopfn", "linear"])]
+    mixed = scores.copy()
+    ours = (mixed.method == "dopfn") & (mixed.dataset % 2 == 0)
+    mixed.loc[ours, "cid"] *= 4
+    first = "CID of case studies: errs less than every method without the graph"
+    verdicts = [
+        {finding.claim: finding.verdict for finding in check_claims(table)}
+        for table in (mixed, scores[scores.dataset <= 2], scores[scores.suite == "graphs"])
+    ]
+    assert [verdict[first] for verdict in verdicts] == ["open", "not run", "not run"]
+    assert verdicts[0]["ACIC 2016: mean PEHE over ten tables"] == "not run"
+
+
+def test_the_page_says_what_was_not_run(report):
+    page = (report / "results.md").read_text()
+    section = page.partition("## What was not run")[2].partition("\n## ")[0]
+    assert "suite released" in section and "suite generated" not in section
+    assert "real study law_school" in section
+    assert "- rf failed on 1 datasets (real/ihdp_a): it broke" in section
+    assert "methods left out by the command" in section and "t_rf" in section
+    assert "python scripts/evaluate.py --quick" in page
+
+
+def test_exact_answers_of_a_constant_do_not_stretch_an_axis(report):
+    scores = read_scores(report / "results")
+    scores.loc[scores.method == "floor", "cate"] = 1e-15
+    (axes,) = case_study_bars(scores, "cate").axes
+    assert axes.get_ylim()[0] > 1e-7
 
 
 def test_tables_do_not_change_with_the_wall_clock(results, report, tmp_path):

@@ -1,11 +1,15 @@
 import functools
 import json
+import os
 
 import numpy as np
 import pytest
 
+from dopfn_jax.evaluation import real
 from dopfn_jax.evaluation.datasets import load_dataset
-from dopfn_jax.evaluation.runner import read_records, read_table, run
+from dopfn_jax.evaluation.methods import METHODS, Method
+from dopfn_jax.evaluation.metrics import Answer
+from dopfn_jax.evaluation.runner import latest, read_records, read_table, run
 from dopfn_jax.evaluation.suites import Source, sources
 
 
@@ -60,13 +64,69 @@ def test_absent_packages_and_failures_are_reported_and_do_not_stop_the_others(to
     run(broken, ["mean"], path)
     status = read_table(path).set_index(["case", "method"]).status
     assert status["toy", "mean"] == status["toy", "floor"] == "ok"
-    assert status["one_arm", "mean"] == "skipped"
+    assert status["one_arm", "mean"] == "not applicable"
 
 
 def _one_arm(source):
     data = source.load()
     data.t[:] = 1
     return data
+
+
+def test_a_dataset_that_cannot_be_read_is_skipped_and_tried_again(toys, toy, tmp_path):
+    path, results = tmp_path / "generated" / "toy" / "02.npz", tmp_path / "results.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not an archive")
+    broken = Source("generated", "toy", 2, functools.partial(load_dataset, path, "generated"))
+    run([broken, *toys], ["mean"], results)
+    status = read_table(results).set_index("dataset")
+    assert status.status.to_dict() == {1: "ok", 2: "skipped"}
+    assert status.reason[2]
+    path.write_bytes((toy / "toy" / "01.npz").read_bytes())
+    run([broken, *toys], ["mean"], results)
+    assert read_table(results).status.tolist() == ["ok", "ok"]
+    assert len(results.read_text().splitlines()) == 3
+
+
+def test_an_answer_that_is_not_finite_is_a_failure(toys, tmp_path, monkeypatch):
+    nowhere = Method(lambda data, seed: Answer(cate=np.full(len(data.query_x), np.nan)))
+    monkeypatch.setitem(METHODS, "nowhere", nowhere)
+    run(toys, ["nowhere", "mean"], tmp_path / "results.jsonl")
+    table = read_table(tmp_path / "results.jsonl").set_index("method")
+    assert table.status.to_dict() == {"nowhere": "failed", "mean": "ok"}
+    assert "cate is not finite in 20 rows" in table.reason["nowhere"]
+
+
+def test_methods_can_differ_by_suite(toys, tmp_path):
+    simulated = sources("simulated", 1, tmp_path, None)[:1]
+    chosen = {"generated": ["mean", "floor"], "simulated": ["zero"]}
+    run([*toys, *simulated], chosen, tmp_path / "results.jsonl")
+    table = read_table(tmp_path / "results.jsonl")
+    assert set(zip(table.suite, table.method, strict=True)) == {
+        ("generated", "mean"),
+        ("generated", "floor"),
+        ("simulated", "zero"),
+    }
+
+
+def test_the_latest_weights_count(toys, tmp_path):
+    path = tmp_path / "results.jsonl"
+    run(toys, ["mean"], path)
+    (record,) = read_records(path)
+    with path.open("a") as file:
+        for sha256 in ("old", "new"):
+            file.write(json.dumps(record | {"method": "dopfn", "sha256": sha256}) + "\n")
+    assert latest(read_table(path)).sha256.tolist() == ["", "new"]
+
+
+@pytest.mark.slow
+def test_a_dying_process_takes_only_its_dataset_along(toys, tmp_path):
+    fatal = [Source("generated", "fatal", k, functools.partial(os._exit, 1)) for k in (1, 2)]
+    path = tmp_path / "results.jsonl"
+    run([*toys, *fatal], ["mean"], path, processes=1)
+    table = read_table(path).set_index(["case", "dataset"])
+    assert table.status["toy", 1] == "ok"
+    assert (table.reason["fatal"] == "its process died").all()
 
 
 @pytest.mark.slow
@@ -92,11 +152,18 @@ def test_suites_say_what_they_need(tmp_path):
         sources("released", 1, tmp_path, tmp_path)
     with pytest.raises(ValueError, match="choose from generated"):
         sources("acic", 1, tmp_path, None)
-    assert {source.case for source in sources("real", 1, tmp_path, None)} == {
-        "ihdp_a",
-        "ihdp_b",
-        "lalonde",
-    }
+
+
+def test_files_of_the_users_come_before_the_examples(tmp_path):
+    def studies(data):
+        return {source.case for source in sources("real", 1, tmp_path, data)}
+
+    shipped = {"ihdp_a", "ihdp_b", "lalonde", "nhefs", "amazon_sales"}
+    assert studies(None) == shipped
+    (tmp_path / "law_school.csv").touch()
+    (tmp_path / "nhefs.csv").touch()
+    assert studies(tmp_path) == shipped | {"law_school"}
+    assert real.find_file(tmp_path, "nhefs.csv") == tmp_path / "nhefs.csv"
 
 
 def test_every_line_is_json(toys, tmp_path):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dopfn_jax.cli.evaluate import QUICK_METHODS
+from dopfn_jax.cli.evaluate import QUICK_ABLATION_METHODS, QUICK_DATASETS, QUICK_METHODS
 from dopfn_jax.evaluation.runner import read_table
 from scripts.evaluate import main
 
@@ -60,7 +60,20 @@ def test_absent_packages_are_said_to_be_absent(tmp_path, capsys):
     assert {json.loads(record)["method"] for record in records} == {"zero"}
 
 
-def test_the_quick_version_needs_no_extra():
+def test_the_quick_version_covers_every_suite_that_needs_no_files():
     from dopfn_jax.evaluation.methods import find_method
+    from dopfn_jax.evaluation.suites import NEED_DATA, SUITES
 
-    assert not any(find_method(name).packages for name in QUICK_METHODS)
+    assert set(QUICK_DATASETS) == set(SUITES) - set(NEED_DATA)
+    for name in (*QUICK_METHODS, *QUICK_ABLATION_METHODS):
+        find_method(name)
+
+
+def test_a_report_of_two_simple_methods(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    command = ["--suites", "simulated", "--datasets", "1", "--methods", "linear", "zero"]
+    assert evaluate(tmp_path, *command, "--report", str(tmp_path / "docs")) == 0
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert f"python scripts/evaluate.py {' '.join(command[:2])}" in page
+    assert str(tmp_path) not in page
+    assert "| simulated: Simulators of the literature | 6 | 1 | linear, zero |" in page
