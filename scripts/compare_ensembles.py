@@ -102,7 +102,7 @@ def summarise(errors: "pd.DataFrame") -> "pd.DataFrame":
     wide = errors.pivot(index=["case", "number"], columns="setting")
     found = {}
     for name in list(SETTINGS)[1:]:
-        row = {}
+        row: dict[str, object] = {}
         for metric in METRICS:
             ratio = (wide[metric, name] / wide[metric, "one"]).to_numpy()
             draws = np.median(generator.choice(ratio, (2000, len(ratio))), axis=1)
