@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
-from tests.compilation import compiling_quickly
-
 if TYPE_CHECKING:
     from dopfn_jax.checkpoints import Checkpoint
 
@@ -24,6 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    # Unoptimised programs mean the same and compile in a third of the time.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     # BLAS threads spin while they wait, so xdist workers share out the cores; XLA's sleep.
     if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
         threads = max(1, (os.cpu_count() or 1) // int(workers))
@@ -56,10 +56,13 @@ def checking_leaks() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def compile_quickly() -> Iterator[None]:
-    """For the tests of a module, and fixtures of that scope or a narrower one."""
-    with compiling_quickly():
-        yield
+def optimise() -> Iterator[None]:
+    """For modules that compute for longer than they compile."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")
@@ -85,8 +88,7 @@ def checkpoint() -> "Checkpoint":
         return model
 
     graphdef, _ = nnx.split(nnx.eval_shape(build))
-    with compiling_quickly():
-        model = nnx.merge(graphdef, jax.jit(lambda: nnx.state(build()))())
+    model = nnx.merge(graphdef, jax.jit(lambda: nnx.state(build()))())
     return Checkpoint("tiny", model, config, steps=0)
 
 

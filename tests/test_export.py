@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 import zipfile
@@ -30,11 +29,6 @@ for question in sys.argv[2:]:
     np.savez(question + ".answer.npz", **found)
 assert not {"flax", "dopfn_jax.model.transformer"} & set(sys.modules)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly(compile_quickly: None) -> None:
-    """For every test here."""
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +75,7 @@ def test_a_process_without_flax_gives_the_same_answers(checkpoint, artefact, tmp
     for path, parts in questions.items():
         np.savez(path, **parts)
     command = [sys.executable, "-c", PROGRAM, artefact, *questions]
-    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for path, parts in questions.items():
         found = np.load(path + ".answer.npz")

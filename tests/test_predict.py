@@ -16,11 +16,6 @@ QUERY_T = np.array([0, 1, 0, 1, 1], np.float32)
 TOLERANCE = 3e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly(compile_quickly: None) -> None:
-    """For every test here."""
-
-
 @functools.cache
 def random_model(features_per_token: int) -> DoPFN:
     """An untrained model, made in one compilation, whose answers differ from row to row."""

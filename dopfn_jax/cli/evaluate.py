@@ -45,6 +45,7 @@ SLOW_METHODS = ("causal_forest_tuned",)
 # Baselines that do not learn curves of interest are left out of the ablations.
 ABLATION_METHODS = ("dopfn", "mean", "zero", "linear", "rf", "histgb", "t_histgb", "x_rf")
 ABLATIONS = ("rows", "graphs")
+CASE_STUDIES = ("generated", "released")
 DATASETS = 100
 
 
@@ -172,10 +173,14 @@ def _suites(options: argparse.Namespace) -> list[str]:
 
 
 def _methods(quick: bool, suite: str) -> list[str]:
+    from dopfn_jax.checkpoints import DEFAULT_CHECKPOINT, checkpoint_names
     from dopfn_jax.evaluation.methods import METHODS
 
     if suite in ABLATIONS:
         return list(QUICK_ABLATION_METHODS if quick else ABLATION_METHODS)
+    # The other shipped weights are of the paper's prior, as are the case studies.
+    others = [f"dopfn:{name}" for name in checkpoint_names() if name != DEFAULT_CHECKPOINT]
+    others = others if suite in CASE_STUDIES else []
     if quick:
-        return list(QUICK_METHODS)
-    return ["dopfn", *(name for name in METHODS if name not in SLOW_METHODS)]
+        return [*QUICK_METHODS, *others]
+    return ["dopfn", *others, *(name for name in METHODS if name not in SLOW_METHODS)]

@@ -120,13 +120,16 @@ def _plain(value: str) -> Any:
         return value
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def _load(checkpoint: str) -> Checkpoint:
     return checkpoints.from_pretrained(checkpoint)
 
 
 def _dopfn(data: Dataset, seed: int, checkpoint: str, settings: dict[str, Any]) -> Answer:
-    model = DoPFNRegressor(_load(checkpoint), random_state=seed, **settings)
+    weights = _load(checkpoint)
+    if weights.config.prior.case_study not in ("", data.case):
+        raise NotApplicable(f"trained on {weights.config.prior.case_study} alone")
+    model = DoPFNRegressor(weights, random_state=seed, **settings)
     model.fit(data.x, data.t, data.y)
     low, high = (model.predict(data.query_x, arm) for arm in (0, 1))
     known = data.query_y is not None

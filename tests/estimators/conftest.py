@@ -5,11 +5,6 @@ from dopfn_jax.estimators import DoPFNRegressor
 from tests.estimators.small import table
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly(compile_quickly: None) -> None:
-    """For every module here."""
-
-
 @pytest.fixture(scope="session")
 def fitted(checkpoint: Checkpoint) -> DoPFNRegressor:
     return DoPFNRegressor(checkpoint, n_resamples=6).fit(*table())

@@ -2,7 +2,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import subprocess
 import sys
 import zipfile
@@ -238,8 +237,7 @@ class TestSaving:
             "print(json.dumps([model.cate(X).tolist(), model.ate_interval()]))"
         )
         command = [sys.executable, "-c", program, path, query]
-        environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as here
-        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         effects, interval = json.loads(result.stdout)
         assert_same(effects, fitted.cate())

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dopfn_jax.checkpoints import DEFAULT_CHECKPOINT, CheckpointError
+from dopfn_jax.checkpoints import DEFAULT_CHECKPOINT, CheckpointError, save_checkpoint
+from dopfn_jax.config import PriorConfig
 from dopfn_jax.evaluation.datasets import Dataset, load_datasets
 from dopfn_jax.evaluation.methods import (
     METHODS,
@@ -85,6 +86,16 @@ def test_what_a_method_needs_is_named(study, toy):
         METHODS["floor"].answer(no_graph, 0)
     with pytest.raises(ValueError, match="choose from dopfn"):
         find_method("random_forest")
+
+
+def test_weights_for_one_graph_answer_its_case_study_alone(study, checkpoint, tmp_path):
+    prior = PriorConfig(case_study="backdoor")
+    config = dataclasses.replace(checkpoint.config, prior=prior)
+    save_checkpoint(tmp_path, checkpoint.model, config, steps=0)
+    answer = find_method(f"dopfn:{tmp_path}").answer
+    with pytest.raises(NotApplicable, match="trained on backdoor alone"):
+        answer(study, 0)
+    assert len(answer(dataclasses.replace(study, case="backdoor"), 0).cid) == len(study.query_t)
 
 
 def test_absence_is_reported_by_package():

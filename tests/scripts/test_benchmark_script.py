@@ -28,11 +28,8 @@ FAST = ("prior", "training", "inference")
 def run_smallest(folder: Path, *questions: str) -> Results:
     """Leaves figures and page in the folder."""
     figures = folder / "figures.json"
-    with pytest.MonkeyPatch.context() as patch:
-        # Compiling is what this spends its time on.
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-        options = ["--smallest", "--json", str(figures), "--report", str(folder)]
-        assert main([*questions, *options]) == 0
+    options = ["--smallest", "--json", str(figures), "--report", str(folder)]
+    assert main([*questions, *options]) == 0
     return Results.read(figures)
 
 

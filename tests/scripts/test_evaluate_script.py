@@ -2,7 +2,13 @@ import json
 
 import pytest
 
-from dopfn_jax.cli.evaluate import QUICK_ABLATION_METHODS, QUICK_DATASETS, QUICK_METHODS
+from dopfn_jax.checkpoints import DEFAULT_CHECKPOINT, checkpoint_names
+from dopfn_jax.cli.evaluate import (
+    QUICK_ABLATION_METHODS,
+    QUICK_DATASETS,
+    QUICK_METHODS,
+    _methods,
+)
 from dopfn_jax.evaluation.runner import read_table
 from scripts.evaluate import main
 
@@ -67,6 +73,14 @@ def test_the_quick_version_covers_every_suite_that_needs_no_files():
     assert set(QUICK_DATASETS) == set(SUITES) - set(NEED_DATA)
     for name in (*QUICK_METHODS, *QUICK_ABLATION_METHODS):
         find_method(name)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_case_studies_are_answered_by_all_shipped_weights(quick):
+    others = [f"dopfn:{name}" for name in checkpoint_names() if name != DEFAULT_CHECKPOINT]
+    assert others
+    assert set(others) < set(_methods(quick, "generated"))
+    assert not set(others) & set(_methods(quick, "real"))
 
 
 def test_a_report_of_two_simple_methods(tmp_path, capsys):

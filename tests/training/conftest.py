@@ -11,12 +11,6 @@ import pytest
 from dopfn_jax.config import Config
 from dopfn_jax.sharding import make_mesh
 from dopfn_jax.training.step import Trainer, TrainState
-from tests.compilation import compiling_quickly
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly(compile_quickly: None) -> None:
-    """For every module here."""
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +27,7 @@ def trainer(config: Config) -> Trainer:
 @pytest.fixture(scope="package")
 def first_state(trainer: Trainer) -> TrainState:
     """The state before step 0; a step would donate it, so give it a copy from `fresh`."""
-    with compiling_quickly():
-        return trainer.init()
+    return trainer.init()
 
 
 @pytest.fixture(scope="package")

@@ -160,7 +160,11 @@ def indivisible() -> dict[str, Any]:
 
 
 def checks(
-    optimizer: str, steps: int, step_meshes: list[str], cell_meshes: list[str]
+    optimizer: str,
+    steps: int,
+    data_meshes: list[str],
+    step_meshes: list[str],
+    cell_meshes: list[str],
 ) -> dict[str, Any]:
     mesh_of("8")  # first, because it decides how many devices there are
     step_module.make_optimizer = keep_gradient(step_module.make_optimizer)
@@ -173,7 +177,7 @@ def checks(
         seen["losses"][name] = many.pop("losses")
         seen["row_gradient"][name] = errors(many.pop("gradient"), one["gradient"])
         seen[name] = many
-    seen["data"] = {name: data(name) for name in ("1", "2", "4", "8", "4x2", "2x4")}
+    seen["data"] = {name: data(name) for name in data_meshes}
 
     model = nnx.jit(lambda: DoPFN(CELL_TOKENS, rngs=nnx.Rngs(0)))()
     params, constants = jax.device_get(nnx.state(model, nnx.Param, ...))

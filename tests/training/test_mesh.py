@@ -16,11 +16,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def run_checks(*arguments: str) -> dict[str, Any]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     checks = Path(__file__).with_name("mesh_checks.py")
     result = subprocess.run(
         [sys.executable, str(checks), *arguments], env=environment, capture_output=True, text=True
@@ -32,7 +28,7 @@ def run_checks(*arguments: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
-    return run_checks("adamw", "5", "8,4x2,2x4", "2x4")
+    return run_checks("adamw", "5", "1,8,2x4", "8,4x2", "2x4")
 
 
 def require_equal_gradients(errors: dict[str, dict[str, float]]) -> None:
@@ -42,12 +38,12 @@ def require_equal_gradients(errors: dict[str, dict[str, float]]) -> None:
 
 
 def test_data_is_bitwise_the_same_on_every_mesh(seen: dict[str, Any]) -> None:
-    assert seen["data"].keys() == {"1", "2", "4", "8", "4x2", "2x4"}
+    assert seen["data"].keys() == {"1", "8", "2x4"}
     assert len(set(seen["data"].values())) == 1
 
 
 def test_gradients_equal_those_of_one_device(seen: dict[str, Any]) -> None:
-    assert seen["row_gradient"].keys() == {"8", "4x2", "2x4"}
+    assert seen["row_gradient"].keys() == {"8", "4x2"}
     require_equal_gradients(seen["row_gradient"])
     # Two heads on a model axis of four: attention is replicated, the MLP split.
     assert seen["cell_gradient"].keys() == {"2x4"}
@@ -56,13 +52,13 @@ def test_gradients_equal_those_of_one_device(seen: dict[str, Any]) -> None:
 
 def test_losses_equal_those_of_one_device(seen: dict[str, Any]) -> None:
     one = np.array(seen["losses"]["1"])
-    for mesh in ("8", "4x2", "2x4"):
+    for mesh in ("8", "4x2"):
         np.testing.assert_allclose(seen["losses"][mesh][0], one[0], rtol=1e-6)
         np.testing.assert_allclose(seen["losses"][mesh], one, atol=1e-4)
 
 
 def test_a_step_compiles_once_and_keeps_its_shardings(seen: dict[str, Any]) -> None:
-    for mesh in ("8", "4x2", "2x4"):
+    for mesh in ("8", "4x2"):
         first, *later = seen[mesh]["compiled"]
         assert first >= 1
         assert not any(later)
@@ -108,8 +104,9 @@ def test_errors_name_the_remedy(seen: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_muon_and_cell_tokens_on_every_mesh() -> None:
-    seen = run_checks("muon", "20", "2,4,8,4x2,2x4", "2,8,4x2,2x4")
+def test_every_mesh_with_muon_and_cell_tokens() -> None:
+    seen = run_checks("muon", "20", "1,2,4,8,4x2,2x4", "2,4,8,4x2,2x4", "2,8,4x2,2x4")
+    assert len(set(seen["data"].values())) == 1
     require_equal_gradients(seen["row_gradient"])
     require_equal_gradients(seen["cell_gradient"])
     for losses in seen["losses"].values():

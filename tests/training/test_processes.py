@@ -37,8 +37,7 @@ def command(folder: Path, steps: int, mesh: str) -> list[str]:
 
 def environment(**others: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    quickly = {"PYTHONPATH": str(REPOSITORY), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return {**kept, **quickly, **others}
+    return {**kept, "PYTHONPATH": str(REPOSITORY), **others}
 
 
 def start(arguments: list[str], processes: int, devices: int) -> list[subprocess.Popen[str]]:

@@ -8,7 +8,6 @@ locations and scales), whatever a and s are. Given s, (a, s m) is normal: a norm
 model, whose posterior predictive is a Student t.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -30,13 +29,7 @@ EFFECT = 2.0
 TASKS, CONTEXT, QUERIES = 32, 12, 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _optimise() -> Iterator[None]:
-    """Hundreds of steps: worth a program that is compiled well."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("optimise")
 
 
 class Posterior(NamedTuple):
@@ -96,9 +89,9 @@ def posterior_of(task: Task) -> Posterior:
 @jax.jit
 def report(model: DoPFN, key: jax.Array) -> dict[str, jax.Array]:
     """NLL above that of the closed form, and distance of the means in its scales."""
-    keys = jax.random.split(key, 8)
-    results = [report_on(model, *sample(k)) for k in keys]
-    return jax.tree.map(lambda *values: jnp.stack(values).mean(), *results)
+    # One after another: a program for one batch compiles in an eighth of the time.
+    results = jax.lax.map(lambda k: report_on(model, *sample(k)), jax.random.split(key, 8))
+    return jax.tree.map(jnp.mean, results)
 
 
 def report_on(model: DoPFN, task: Task, posterior: Posterior) -> dict[str, jax.Array]:

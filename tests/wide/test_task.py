@@ -11,8 +11,6 @@ from dopfn_jax.config import ConfigError, WidePriorConfig
 from dopfn_jax.prior import Task
 from dopfn_jax.wide.task import sample_wide_tasks
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 # Few parts, so that it compiles quickly; fields of this one are then changed.
 PLAIN = WidePriorConfig(
     graphs=("erdos_renyi",),

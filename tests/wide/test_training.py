@@ -4,13 +4,10 @@ import dataclasses
 
 import jax
 import numpy as np
-import pytest
 
 from dopfn_jax.config import Config, TableShape, WidePriorConfig
 from dopfn_jax.sharding import make_mesh
 from dopfn_jax.training.step import Trainer, sample_batch
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 WIDE = TableShape(rows=24, context=(8, 12), tasks=4, covariates=(2, 7))
 
