@@ -166,7 +166,8 @@ class WidePriorConfig:
         "heavy_tailed",
         "zero_inflated",
     )
-    # Share of tasks with 1 to `max_hidden` nodes that are not shown.
+    # Share of tasks with 1 to `max_hidden` nodes that are not shown. In the others all nodes are
+    # shown only if `duplicate_share` and `post_treatment_share` are 0 too.
     hidden_share: float = 0.4
     max_hidden: int = 6
     # Share of tasks with 1 to `max_post_treatment` nodes after the treatment.
@@ -205,6 +206,7 @@ class WidePriorConfig:
     noise_ratio: tuple[float, float] = (0.02, 4.0)
     heteroscedastic_share: float = 0.3
     missing_share: float = 0.2
+    # Share of tasks with duplicated columns; each replaces another, whose node is then hidden.
     duplicate_share: float = 0.1
 
     def __post_init__(self) -> None:
@@ -370,8 +372,10 @@ class Config:
     @property
     def covariates(self) -> int:
         """The most covariates that a table of this run has."""
-        most = [shape.covariates[1] for shape in self.training.shapes]
-        return max(self.prior.covariates, *most)
+        return max(
+            shape.covariates[1] if shape.wide else self.prior.covariates
+            for shape in self.training.shapes
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -14,13 +14,26 @@ from dopfn_jax.config import Config, TableShape
 from dopfn_jax.prior import sample_tasks
 from dopfn_jax.wide.task import sample_wide_tasks
 
-# Rows more than this are left out of the statistics of a table: they do not need them.
+# Rows that the statistics of a table are computed from, at most: they do not need more.
 MOST_ROWS = 5000
 FOLDS = 2
 # The central share of a prior's tables that counts as usual.
 USUAL = (0.005, 0.995)
+# Statistics whose low values are plain, not unusual: a balanced binary outcome has neither tail nor
+# skewness.
+MAGNITUDES = (
+    "difference",
+    "adjusted_difference",
+    "outcome_tail",
+    "outcome_skewness",
+    "column_correlation",
+    "column_tail",
+    "missing_cells",
+)
 # Lengths of tables at which a checkpoint remembers what is usual.
 REMEMBERED_ROWS = (64, 256, 1024)
+# Lengths that differ by less than this factor, the one between those above, are near each other.
+NEAR = 4
 
 Floats = NDArray[np.float64]
 # Statistic -> (low, high).
@@ -29,13 +42,18 @@ Ranges = Mapping[str, tuple[float, float]]
 UsualTables = Mapping[int, Ranges]
 
 
-def table_statistics(x: ArrayLike, t: ArrayLike, y: ArrayLike) -> dict[str, float]:
+def table_statistics(
+    x: ArrayLike, t: ArrayLike, y: ArrayLike, rows: int = MOST_ROWS
+) -> dict[str, float]:
     """Statistics of one observational table, all but the first two free of units.
+
+    Some depend on the number of rows, so compare only tables of one length.
 
     Args:
         x: (N, F) covariates, NaN where missing; F = 0 is legal.
         t: (N,) treatment, 0 or 1, both of which occur.
-        y: (N,) outcome.
+        y: (N,) outcome, not all equal.
+        rows: of a longer table, so many rows are drawn at random, always the same ones.
 
     Returns:
         By name:
@@ -55,8 +73,9 @@ def table_statistics(x: ArrayLike, t: ArrayLike, y: ArrayLike) -> dict[str, floa
         column_tail: largest |x - mean| of the columns in standard deviations, their median.
         missing_cells: share of cells that are missing.
     """
-    x, t, y = np.asarray(x, float)[:MOST_ROWS], np.asarray(t, float), np.asarray(y, float)
-    t, y = t[:MOST_ROWS], y[:MOST_ROWS]
+    x, t, y = np.asarray(x, float), np.asarray(t, float), np.asarray(y, float)
+    drawn = _shuffled(t, y)[:rows]
+    x, t, y = x[drawn], t[drawn], y[drawn]
     missing = np.isnan(x)
     with np.errstate(all="ignore"):
         centre = np.nan_to_num(np.nanmean(np.where(missing.all(axis=0), 0.0, x), axis=0))
@@ -94,6 +113,9 @@ def prior_statistics(
         shape: rows and columns of the tables; its `tasks` is not used.
         tables: how many to draw.
         seed: of the draw.
+
+    Raises:
+        ValueError: no table is valid.
     """
     keys = jax.random.split(jax.random.key(seed), tables)
     if shape.wide:
@@ -109,6 +131,10 @@ def prior_statistics(
         )
         for i in np.flatnonzero(tasks.valid)
     ]
+    if not rows:
+        raise ValueError(
+            f"0 of {tables} tables are valid: does a new part return values that are not finite?"
+        )
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -122,13 +148,23 @@ def usual(prior: Mapping[str, Sequence[float] | Floats]) -> Ranges:
 
 
 def kinds_of_tables(config: Config, rows: int) -> dict[str, TableShape]:
-    """The kinds of tables that a run of this config sees, each with `rows` context rows."""
-    kinds: dict[str, TableShape] = {}
+    """The kinds of tables that a run of this config sees, each with `rows` context rows.
+
+    A kind has the columns of those of its shapes whose contexts are near `rows`, or the nearest.
+    """
+
+    def factor(shape: TableShape) -> float:
+        context = float(np.clip(rows, *shape.context))
+        return max(rows / context, context / rows)
+
+    shapes: dict[str, list[TableShape]] = {}
     for shape in config.training.shapes:
-        name, columns = "wide prior" if shape.wide else "paper's prior", shape.covariates
-        if name in kinds:
-            before = kinds[name].covariates
-            columns = (min(columns[0], before[0]), max(columns[1], before[1]))
+        shapes.setdefault("wide prior" if shape.wide else "paper's prior", []).append(shape)
+    kinds = {}
+    for name, alike in shapes.items():
+        near = [shape for shape in alike if factor(shape) < NEAR] or [min(alike, key=factor)]
+        fewest, most = zip(*(shape.covariates for shape in near), strict=True)
+        columns = (min(fewest), max(most))
         kinds[name] = TableShape(rows + 1, (rows, rows), 1, covariates=columns)
     return kinds
 
@@ -161,14 +197,16 @@ def unlike(
     return {
         name: (value, *ranges[name])
         for name, value in statistics.items()
-        if not ranges[name][0] <= value <= ranges[name][1]
+        if value > ranges[name][1] or (value < ranges[name][0] and name not in MAGNITUDES)
     }
 
 
 def unlike_usual(
     x: ArrayLike, t: ArrayLike, y: ArrayLike, usual_tables: UsualTables
 ) -> dict[str, tuple[float, float, float]]:
-    """The same for a table, beside tables of about its length; {} for one too short to tell.
+    """The same for a table, beside shorter ones, by as many of its rows as these have.
+
+    Returns {} for a table that is shorter than any remembered length: too short to tell.
 
     Args:
         x: (N, F) covariates, NaN where missing.
@@ -177,10 +215,19 @@ def unlike_usual(
         usual_tables: from `usual_tables`.
     """
     rows = len(np.asarray(t))
-    if rows < min(usual_tables):
+    longest = max((length for length in usual_tables if length <= rows), default=None)
+    if longest is None:
         return {}
-    nearest = min(usual_tables, key=lambda length: abs(np.log(length / rows)))
-    return unlike(table_statistics(x, t, y), usual_tables[nearest])
+    return unlike(table_statistics(x, t, y, longest), usual_tables[longest])
+
+
+def _shuffled(t: Floats, y: Floats) -> NDArray[np.intp]:
+    """Rows in random order, but at the top both arms and two outcomes, as in tables of a prior."""
+    order = np.random.default_rng(0).permutation(len(t))
+    rank = np.arange(len(t))
+    for values in (t[order], y[order]):
+        rank[np.argmax(values != values[0])] = 0
+    return order[np.argsort(rank, kind="stable")]
 
 
 def _standardise(values: Floats) -> Floats:

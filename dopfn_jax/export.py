@@ -3,8 +3,8 @@
 The file is a zip archive: `program.bin`, the compiled-for-everywhere StableHLO of one function
 (`jax.export`) for CPU, CUDA and TPU, whose numbers of rows are symbolic; `weights.safetensors`, its
 parameters in the order in which it takes them; `artefact.json`, its sizes. To run it, `load` needs
-JAX, NumPy and safetensors only; a program in any language that runs StableHLO can do without
-`load`, too.
+JAX, NumPy, safetensors and flatbuffers only; a program in any language that runs StableHLO can do
+without `load`, too.
 
 Axes: N context rows, M query rows, F covariates, Q buckets.
 """
@@ -91,7 +91,11 @@ class ExportedPredictor:
         covariates = x.shape[1]
         if covariates > self.covariates:
             raise ExportError(f"x has {covariates} covariates, but at most {self.covariates} fit.")
-        query_t = np.broadcast_to(np.asarray(query_t, np.float32), query_x.shape[:1])
+        query_t = np.asarray(query_t, np.float32)
+        if query_t.shape not in ((), query_x.shape[:1]):
+            raise ExportError(
+                f"query_t has shape {query_t.shape}, but must be a scalar or {query_x.shape[:1]}."
+            )
         widen = ((0, 0), (0, self.covariates - covariates))
         logits, borders = self._run(
             self._weights,
@@ -101,7 +105,7 @@ class ExportedPredictor:
             np.ones(len(x), bool),
             np.arange(self.covariates) < covariates,
             np.pad(query_x, widen),
-            query_t,
+            np.broadcast_to(query_t, query_x.shape[:1]),
         )
         return BarDistribution(logits, borders)
 

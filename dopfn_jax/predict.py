@@ -7,7 +7,7 @@ for one table; for many tables of one shape map over everything but the model:
     effects = jax.vmap(cate, in_axes=(None, 0, 0))(model, contexts, query_x)
 
 Values are not checked here, since they may be traced: `dopfn_jax.DoPFNRegressor` does that, and
-reads data frames, text and dates too. Very large or very small units are best brought near 1 first.
+reads data frames and text too. Very large or very small units are best brought near 1 first.
 
 Axes: N context rows, M query rows, F covariates, Q buckets. F = 0 is a legal table.
 """
@@ -81,6 +81,15 @@ def predict(
     Raises:
         ValueError: shapes that do not fit together.
     """
+    scaler = context.scaler
+    answer = _standardised(model, context, query_x, query_t)
+    return answer.affine(scaler.y_loc[0, 0], scaler.y_scale[0, 0])
+
+
+def _standardised(
+    model: DoPFN, context: EncodedContext, query_x: ArrayLike, query_t: ArrayLike
+) -> BarDistribution:
+    """As `predict`, of the outcome standardised by the context."""
     x = jnp.asarray(query_x, jnp.float32)
     if context.mask.ndim != 2:
         raise ValueError("the context holds several tables: call this inside jax.vmap over them.")
@@ -94,8 +103,7 @@ def predict(
     if t.shape not in ((), x.shape[:1]):
         raise ValueError(f"query_t has shape {t.shape}, but must be a scalar or {x.shape[:1]}.")
     logits = model.decode(context, x[None], jnp.broadcast_to(t, (1, x.shape[0])))[0]
-    scaler = context.scaler
-    return model.distribution(logits).affine(scaler.y_loc[0, 0], scaler.y_scale[0, 0])
+    return model.distribution(logits)
 
 
 def cid(model: DoPFN, context: EncodedContext, query_x: ArrayLike, query_t: ArrayLike) -> jax.Array:
@@ -113,8 +121,13 @@ def cate(model: DoPFN, context: EncodedContext, query_x: ArrayLike) -> jax.Array
 
     Returns:
         (M,), in the units of y.
+
+    Raises:
+        ValueError: shapes that do not fit together.
     """
-    return cid(model, context, query_x, 1.0) - cid(model, context, query_x, 0.0)
+    # Of standardised means: those in the units of y round where y lies far from zero.
+    control, treated = (_standardised(model, context, query_x, arm).mean for arm in (0.0, 1.0))
+    return context.scaler.y_scale[0, 0] * (treated - control)
 
 
 def ate(
@@ -129,8 +142,15 @@ def ate(
         query_mask: (M,) bool, rows to average over; all by default.
 
     Returns:
-        A scalar, in the units of y.
+        A scalar, in the units of y; NaN where there is no row to average over.
+
+    Raises:
+        ValueError: shapes that do not fit together.
     """
     effects = cate(model, context, query_x)
-    mask = None if query_mask is None else jnp.asarray(query_mask, bool)
+    if query_mask is None:
+        return jnp.mean(effects)
+    mask = jnp.asarray(query_mask, bool)
+    if mask.shape != effects.shape:
+        raise ValueError(f"query_mask has shape {mask.shape}, but must be {effects.shape}.")
     return jnp.mean(effects, where=mask)

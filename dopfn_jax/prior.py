@@ -47,7 +47,7 @@ class Task:
         context_t: (N,) observed treatment, 0 or 1.
         context_y: (N,) observed outcome.
         context_mask: (N,) bool, rows that exist.
-        query_x: (M, F) pre-treatment covariates of the query rows.
+        query_x: (M, F) covariates of the query rows, as they were before the intervention.
         query_t: (M,) treatment that is set.
         query_y: (M,) the target.
         query_mask: (M,) bool, rows that exist.

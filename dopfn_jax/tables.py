@@ -14,7 +14,7 @@ Axes: N rows of the table, M rows of a query, F covariates.
 import math
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self, cast
 
@@ -135,7 +135,7 @@ class Schema:
         Raises:
             TableError: a shape, column or value that cannot be used.
         """
-        _check_order(X, t, y)
+        check_order(X=X, t=t, y=y)
         treatment, outcome = read_treatment(t), read_outcome(y)
         frame, named = _read_frame(X, len(treatment))
         rows = {"X": len(frame), "t": len(treatment), "y": len(outcome)}
@@ -154,6 +154,9 @@ class Schema:
                 f"{_label('outcome y', y)} is {outcome[0]:g} in all {len(outcome)} rows: a "
                 "constant outcome says nothing about an effect; check that it is the right column."
             )
+        if named:
+            _check_apart(frame, "treatment t", t, treatment)
+            _check_apart(frame, "outcome y", y, outcome)
         columns, cells = [], []
         for name, series in frame.items():
             values, categories = read_cells(series, f"column {name!r}")
@@ -263,10 +266,15 @@ def read_outcome(y: Data) -> NDArray[np.float64]:
 
 def _label(role: str, values: Data) -> str:
     """How messages call the treatment or the outcome: by its own name if it has one."""
-    name = getattr(values, "name", None)
-    if isinstance(values, pd.DataFrame) and values.shape[1] == 1:
-        name = values.columns[0]
+    name = _own_name(values)
     return role if name is None else f"{role.split()[0]} {name!r}"
+
+
+def _own_name(values: Data) -> Hashable | None:
+    """The name of a series, or of the only column of a data frame."""
+    if isinstance(values, pd.DataFrame) and values.shape[1] == 1:
+        return values.columns[0]
+    return getattr(values, "name", None)
 
 
 def _read_vector(values: Data, label: str) -> tuple[NDArray[np.float64], tuple[str, ...] | None]:
@@ -310,11 +318,28 @@ def _read_frame(X: Data | None, rows: int) -> tuple[pd.DataFrame, bool]:
     return pd.DataFrame(array), False
 
 
-def _check_order(X: Data | None, t: Data, y: Data) -> None:
-    """Refuses pandas objects whose indexes order the same rows in two ways; rows go by position."""
+def _check_apart(frame: pd.DataFrame, role: str, values: Data, read: NDArray) -> None:
+    """Refuses covariates that still hold the treatment or the outcome, by name and values."""
+    name = str(_own_name(values))
+    if name in frame and np.array_equal(read_cells(frame[name], f"column {name!r}")[0], read):
+        raise TableError(
+            f"X holds the {role} as its column {name!r}: leave it out, as by "
+            f"X.drop(columns={name!r})."
+        )
+
+
+def check_order(**parts: object) -> None:
+    """Refuses pandas objects whose indexes order the same rows in two ways; rows go by position.
+
+    Args:
+        **parts: what messages call them, and objects of any type.
+
+    Raises:
+        TableError: two of them have the same index in another order.
+    """
     labelled = {
         name: values.index
-        for name, values in {"X": X, "t": t, "y": y}.items()
+        for name, values in parts.items()
         if isinstance(values, pd.DataFrame | pd.Series)
     }
     for name, index in labelled.items():

@@ -1,8 +1,9 @@
 r"""Draws tables from a config's prior and shows what they look like, beside a table of your own.
 
-Prints statistics of the tables (median and central 99 %) and, with --csv, those of your table, with
-a mark where it is unlike the prior: there a network trained on this prior is a guess. Writes the
-statistics of every table to a CSV file, and a figure of their distributions.
+Prints statistics of the tables (median and central 99 %) and, with --csv, those of as many rows of
+your table, drawn at random, with a mark where it is unlike the prior: there a network trained on
+this prior is a guess. Writes the statistics of every table to a CSV file, and a figure of their
+distributions.
 
 Examples:
     python scripts/inspect_prior.py --config cpu_wide
@@ -11,7 +12,7 @@ Examples:
     python scripts/inspect_prior.py --config cpu_wide wide.mechanisms='["tree"]'
     python scripts/inspect_prior.py --record runs/cpu_wide/weights
 
-With --record, writes into a checkpoint what the tables of its own prior look like, so that
+With --record, writes into a checkpoint folder what the tables of its own prior look like, so that
 DoPFNRegressor warns about others.
 """
 
@@ -52,7 +53,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     prior.add_argument("--config", help=f"a preset ({', '.join(preset_names())}) or a TOML file")
     prior.add_argument("--record", metavar="FOLDER", type=Path, help="a checkpoint to complete")
     add("--tables", type=int, default=200, help="tables to draw per prior (default: 200)")
-    add("--rows", type=int, default=500, help="rows of a table (default: 500)")
+    add("--rows", type=int, default=500, help="rows of a table, --csv permitting (default: 500)")
     add("--seed", type=int, default=0)
     add("--csv", type=Path, help="a table of your own, with a line of column names")
     add("--treatment", metavar="COL", help="its column of the treatment, 0 or 1")
@@ -60,6 +61,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("prior"), help="folder to write to (default: prior)")
     add("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
     options = parser.parse_intermixed_args(arguments)
+    others = ("rows", "csv", "treatment", "outcome", "output")
+    given = [f"--{name}" for name in others if getattr(options, name) != parser.get_default(name)]
+    if options.record and (given or options.overrides):
+        parser.error(
+            f"--record FOLDER: takes no {', '.join(given + options.overrides)}; it describes the "
+            "checkpoint's own prior"
+        )
     if options.csv and not (options.treatment and options.outcome):
         parser.error("--csv: name also its --treatment and --outcome")
     if options.tables < 10 or options.rows < 10:
@@ -80,13 +88,18 @@ def _inspect(options: argparse.Namespace) -> None:
     )
 
     config = Config.load(options.config, options.overrides)
-    own = _read(options, table_statistics) if options.csv else {}
+    rows: int = options.rows
+    own: dict[str, float] = {}
+    if options.csv:
+        table = _read(options)
+        rows = min(rows, len(table.t))
+        own = table_statistics(table.x, table.t, table.y, rows)
     priors = {}
-    for name, shape in kinds_of_tables(config, options.rows).items():
+    for name, shape in kinds_of_tables(config, rows).items():
         priors[name] = prior_statistics(config, shape, options.tables, options.seed)
         ranges = usual(priors[name])
         unusual = unlike(own, ranges)
-        print(f"{name}: {len(priors[name]['covariates'])} tables of {options.rows} rows")
+        print(f"{name}: {len(priors[name]['covariates'])} tables of {rows} rows")
         for statistic, values in priors[name].items():
             low, high = ranges[statistic]
             line = f"  {statistic:20} {np.median(values):8.3f}   ({low:.3f} to {high:.3f})"
@@ -104,16 +117,23 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _record(options: argparse.Namespace) -> None:
-    from dopfn_jax.checkpoints import from_pretrained, save_checkpoint
+    from dopfn_jax.checkpoints import CONFIG_FILE, from_pretrained, save_checkpoint
     from dopfn_jax.diagnostics import usual_tables
 
-    checkpoint = from_pretrained(options.record)
+    # Absolute, so that it is no name of shipped weights, which are read from elsewhere.
+    folder = options.record.resolve()
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"--record {options.record}: holds no {CONFIG_FILE}; name the folder of the weights "
+            "itself, such as RUN/weights"
+        )
+    checkpoint = from_pretrained(folder)
     usual = usual_tables(checkpoint.config, options.tables, options.seed)
-    save_checkpoint(options.record, checkpoint.model, checkpoint.config, checkpoint.steps, usual)
+    save_checkpoint(folder, checkpoint.model, checkpoint.config, checkpoint.steps, usual)
     print(f"written: what is usual for tables of {', '.join(map(str, usual))} rows")
 
 
-def _read(options: argparse.Namespace, table_statistics: Any) -> dict[str, float]:
+def _read(options: argparse.Namespace) -> Any:
     import pandas as pd
 
     from dopfn_jax.tables import Schema
@@ -126,9 +146,7 @@ def _read(options: argparse.Namespace, table_statistics: Any) -> dict[str, float
                 f"--{option} {name}: not a column; there are {', '.join(map(str, table))}"
             )
     covariates = table.drop(columns=[options.treatment, options.outcome])
-    _, read = Schema.fit(covariates, table[options.treatment], table[options.outcome])
-    statistics: dict[str, float] = table_statistics(read.x, read.t, read.y)
-    return statistics
+    return Schema.fit(covariates, table[options.treatment], table[options.outcome])[1]
 
 
 def _draw(priors: Any, own: dict[str, float], options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ import pytest
 
 from dopfn_jax.config import Config, TableShape
 from dopfn_jax.diagnostics import (
+    kinds_of_tables,
     prior_statistics,
     table_statistics,
     unlike,
@@ -51,6 +52,29 @@ def test_units_do_not_matter():
         assert second[name] == pytest.approx(first[name], rel=1e-6), name
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rows", [ROWS, 500])
+def test_the_order_of_rows_does_not_matter_beyond_chance(rows):
+    x, t, y = confounded_table(1.0)
+    y = (y > 2.5).astype(float)
+    expected = table_statistics(x, t, y)
+    by_arm = np.argsort(t)
+    alternating = by_arm.reshape(2, -1).T.ravel()
+    for order in (by_arm, alternating, np.argsort(y), np.argsort(x[:, 0])):
+        found = table_statistics(x[order], t[order], y[order], rows)
+        for name in ("treated_share", "overlap_auc", "outcome_r2", "adjusted_difference"):
+            assert found[name] == pytest.approx(expected[name], abs=0.15), name
+        assert found["outcome_levels"] == 2 / rows
+
+
+def test_rare_arms_and_outcomes_are_among_the_rows_that_are_drawn():
+    x, t, y = np.zeros((ROWS, 1)), np.zeros(ROWS), np.zeros(ROWS)
+    t[7], y[ROWS // 2] = 1.0, 1.0
+    statistics = table_statistics(x, t, y, 50)
+    assert statistics["treated_share"] == 1 / 50 and statistics["outcome_levels"] == 2 / 50
+    assert all(np.isfinite(value) for value in statistics.values())
+
+
 def test_missing_discrete_and_duplicate_columns():
     x, t, y = confounded_table(1.0)
     x = np.column_stack([x, x[:, 0], x[:, 1] > 0, np.full(ROWS, 3.0)])
@@ -70,13 +94,12 @@ def test_a_table_without_covariates():
     assert all(np.isfinite(value) for value in statistics.values())
 
 
+SMALL = Config.load("smoke", ["prior.min_nodes=3", "prior.max_nodes=5"])
+SHAPE = TableShape(rows=257, context=(256, 256), tasks=1)
+
+
 def test_tables_of_a_prior_are_like_it_and_others_are_not():
-    config = Config.load("smoke")
-    config = dataclasses.replace(
-        config, prior=dataclasses.replace(config.prior, min_nodes=3, max_nodes=5)
-    )
-    shape = TableShape(rows=257, context=(256, 256), tasks=1)
-    prior = prior_statistics(config, shape, tables=60)
+    prior = prior_statistics(SMALL, SHAPE, tables=60)
     sizes = {len(values) for values in prior.values()}
     assert len(sizes) == 1 and sizes.pop() > 50
     assert set(prior["covariates"]) <= {0.0, 1.0, 2.0, 3.0}
@@ -90,20 +113,46 @@ def test_tables_of_a_prior_are_like_it_and_others_are_not():
     assert "outcome_levels" in strange
 
 
+def test_a_prior_without_a_valid_table_is_named():
+    huge = dataclasses.replace(SMALL.prior, root_scale=(1e30, 1e30), noise_scale=1e30)
+    with pytest.raises(ValueError, match="0 of 60 tables are valid: does a new part"):
+        prior_statistics(dataclasses.replace(SMALL, prior=huge), SHAPE, tables=60)
+
+
+def test_kinds_of_tables_have_the_columns_of_the_shapes_of_about_that_length():
+    config = Config.load("cpu_wide")
+    columns = {
+        rows: kinds_of_tables(config, rows)["wide prior"].covariates
+        for rows in (2, 16, 64, 256, 1024, 100_000)
+    }
+    few, many = (1, 8), (2, 64)
+    assert columns == {2: few, 16: few, 64: (1, 24), 256: (1, 64), 1024: many, 100_000: (20, 64)}
+    kind = kinds_of_tables(config, 64)["paper's prior"]
+    assert (kind.context, kind.wide) == ((64, 64), False)
+
+
+def test_what_cannot_be_told_and_what_is_plain_are_not_unlike():
+    ranges = {"treated_share": (0.1, 0.9), "outcome_tail": (1.2, 9.0)}
+    assert unlike({"treated_share": float("nan"), "outcome_tail": 1.0}, ranges) == {}
+    strange = {"treated_share": 0.05, "outcome_tail": 9.5}
+    assert unlike(strange, ranges) == {name: (strange[name], *ranges[name]) for name in ranges}
+
+
 def ranges_around(statistics, width):
     return {name: (value - width, value + width) for name, value in statistics.items()}
 
 
-def test_a_table_is_compared_with_tables_of_its_length():
+def test_a_table_is_compared_by_as_many_rows_as_those_that_are_remembered():
     x, t, y = confounded_table(1.0)
-    own = table_statistics(x, t, y)
+    y = np.round(y)
+    own = table_statistics(x, t, y, 1024)
     remembered = {64: ranges_around(own, 0.0), 1024: ranges_around(own, 1e-6)}
     assert unlike_usual(x, t, y, remembered) == {}
     assert unlike_usual(x[:30], t[:30], y[:30], remembered) == {}
-    short = unlike_usual(x[:70], t[:70], y[:70], remembered)
+    short = unlike_usual(x[:1000], t[:1000], y[:1000], remembered)
     assert "outcome_r2" in short and "covariates" not in short
-    value, low, high = short["treated_share"]
-    assert value == t[:70].mean() and low == high == t.mean()
+    value, low, high = short["outcome_levels"]
+    assert value * 64 == round(value * 64) and low == high == own["outcome_levels"]
 
 
 @pytest.mark.slow

@@ -102,6 +102,7 @@ def test_it_is_one_file_without_code_of_ours(artefact) -> None:
     [
         ({"t": np.zeros(3)}, r"t \(3,\)"),
         ({"query": np.zeros((2, 2))}, r"query_x \(2, 2\)"),
+        ({"query_t": np.zeros(2)}, r"query_t has shape \(2,\), but must be a scalar or \(5,\)"),
         ({"x": np.zeros((12, 5)), "query": np.zeros((5, 5))}, "5 covariates, but at most 4 fit"),
     ],
 )

@@ -137,6 +137,16 @@ def test_answers_follow_the_units_of_outcome_and_covariates(model: DoPFN) -> Non
     np.testing.assert_allclose(scaled, expected, atol=40 * TOLERANCE)
 
 
+def test_effects_keep_their_precision_far_from_zero() -> None:
+    """Near 1e6 float32 holds sixteenths: these outcomes and their mean, but no answer between."""
+    model, (x, t, y, query) = random_model(0), table()
+    sixteenths = np.round(16 * y)
+    sixteenths[0] -= sixteenths.sum() % ROWS
+    y = sixteenths / 16
+    far = effects(model, x, t, y + np.float32(1e6), query)
+    np.testing.assert_allclose(far, effects(model, x, t, y, query), atol=TOLERANCE)
+
+
 def test_a_query_row_is_answered_on_its_own(model: DoPFN) -> None:
     x, t, y, query = table()
     others = query.copy()
@@ -177,6 +187,8 @@ def test_query_of_a_wrong_shape() -> None:
             predict(model, context, wrong, 1)
     with pytest.raises(ValueError, match=r"query_t has shape \(2,\)"):
         predict(model, context, query, np.zeros(2))
+    with pytest.raises(ValueError, match=r"query_mask has shape \(2,\), but must be \(5,\)"):
+        ate(model, context, query, np.ones(2, bool))
     several = jax.tree.map(lambda part: part[None], context)
     with pytest.raises(ValueError, match=r"several tables: call this inside jax\.vmap"):
         predict(model, several, query, 1)

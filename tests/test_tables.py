@@ -259,6 +259,19 @@ class TestRefused:
         with pytest.raises(TableError, match=message):
             fit(X)
 
+    @pytest.mark.parametrize("convert", [pd.Series, lambda v: v.astype(str), pd.Series.to_frame])
+    def test_covariates_that_hold_the_treatment_or_the_outcome(self, convert) -> None:
+        data = pd.DataFrame({"age": Y[::-1], "drug": T, "kg": Y})
+        t, y = convert(data["drug"]), convert(data["kg"])
+        with pytest.raises(TableError, match="X holds the treatment t as its column 'drug': leave"):
+            fit(data, t, y)
+        X = data.drop(columns="drug")
+        with pytest.raises(TableError, match=r"the outcome y as .* X\.drop\(columns='kg'\)"):
+            fit(X, t, y)
+        # The same name for other values, such as an earlier measurement, and other names are fine.
+        fit(X.assign(kg=Y - 1, age=Y), t, y)
+        fit(X, T, Y)
+
     def test_rows_in_another_order(self) -> None:
         X = pd.DataFrame({"a": Y}, index=list("uvwxyz"))
         t = pd.Series(T, index=X.index)

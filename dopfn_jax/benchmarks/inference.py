@@ -35,6 +35,8 @@ FEW_QUERIES = 10
 SAMPLED, _MEMBERS = "first fit of a sample", 4
 # Of memory, by where it is.
 MEMORY_UNITS = ("MB, process", "MB, device")
+# More are timed once only.
+_MANY_QUERIES = 10_000
 # Context rows up to which fixed costs hide how time grows.
 FLAT_ROWS = 1000
 
@@ -96,7 +98,7 @@ def measure(sizes: Sizes, repetitions: int) -> Iterator[Measurement | Absent]:
     table = draw_table(*sizes.table)
     yield from _cold(table)
     checkpoint = from_pretrained()
-    yield from _queries(table, checkpoint, sizes.queries)
+    yield from _queries(table, checkpoint, sizes.queries, repetitions)
     yield from _cache(table, checkpoint, repetitions)
     for rows, columns in sizes.tables:
         yield from _peers(draw_table(rows, columns), checkpoint, sizes.peers, repetitions)
@@ -145,18 +147,18 @@ def _cold(table: Dataset) -> Iterator[Measurement]:
 
 
 def _queries(
-    table: Dataset, checkpoint: Checkpoint, queries: tuple[int, ...]
+    table: Dataset, checkpoint: Checkpoint, queries: tuple[int, ...], repetitions: int
 ) -> Iterator[Measurement]:
     """Rows a second, and the peak of memory, for more and more query rows of one context."""
     model = _fit(table, checkpoint)
-    model.predict(table.query_x, 1)  # compiles
     for count in queries:
         x = np.resize(table.query_x, (count, table.x.shape[1]))
-        wall, cpu = time_calls(Contender(OURS, partial(model.predict, x, 1)))
+        contender = Contender(OURS, partial(model.predict, x, 1), work=count)
+        laps = race([contender], repetitions if count <= _MANY_QUERIES else 1)[OURS]
         setting = _setting(table, count)
-        for unit, seconds in (("query rows/s", wall), ("query rows/CPU-s", cpu)):
-            value = Spread.exactly(count / seconds)
-            yield Measurement("inference", setting, OURS, "query rows", unit, value)
+        for unit, seconds in (("query rows/s", laps.wall), ("query rows/CPU-s", laps.cpu)):
+            value = Spread.of(1 / seconds)
+            yield Measurement("inference", setting, OURS, "query rows", unit, value, len(seconds))
         for unit, peak in _peak_bytes().items():
             value = Spread.exactly(peak / 1e6)
             yield Measurement("inference", setting, OURS, "peak memory", unit, value)

@@ -22,7 +22,7 @@ from dopfn_jax.training.step import sample_batch
 
 OURS, LOOP, PUBLISHED = "dopfn_jax", "NumPy loop", "published generator"
 # SCMs that a process draws in one call: enough for its messages not to count.
-_LOOP_TASKS = 32
+_LOOP_TASKS = 256
 
 
 @dataclass(frozen=True)

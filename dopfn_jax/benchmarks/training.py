@@ -106,6 +106,10 @@ def _comparable(config: Config) -> Config:
 def _why_no_peer(config: Config) -> str:
     if importlib.util.find_spec("torch") is None:
         return "not installed (extra `benchmark`)"
+    import torch
+
+    if torch.cuda.is_available() != (jax.default_backend() == "gpu"):
+        return "would run on another kind of device: install both for the same"
     if config.model.compute_dtype != "float32":
         return "races in float32 only: add model.compute_dtype=float32"
     return ""

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Datasets per case of the quick version: minutes on two cores, and every figure.
-QUICK_DATASETS = {"generated": 5, "simulated": 2, "real": 1, "rows": 2, "graphs": 6}
+QUICK_DATASETS = {"generated": 10, "simulated": 2, "real": 1, "rows": 2, "graphs": 12}
 QUICK_METHODS = (
     "dopfn", "mean", "zero", "diff_in_means", "linear", "rf", "histgb", "t_linear", "t_histgb",
     "standardisation", "ipw", "dowhy", "floor",

@@ -8,7 +8,9 @@ Examples:
     dopfn-jax export runs/cpu --output server.zip --platforms cuda
 
 In Python:
-    predictor = dopfn_jax.export.load("do_pfn.zip")
+    from dopfn_jax.export import load
+
+    predictor = load("do_pfn.zip")
     answer = predictor(x, t, y, query_x, query_t)   # float arrays, NaN where a covariate is missing
     answer.mean, answer.quantile(0.9)               # of p(y | do(query_t), query_x), a row each
 """

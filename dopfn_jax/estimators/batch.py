@@ -63,6 +63,8 @@ def answer_all(
 ) -> list[NDArray[np.float64]]:
     """A summary of every query row of every question, standardised by its table.
 
+    The queries of a question are not divided: memory grows with the most that one of them has.
+
     Args:
         network: the model; its number of covariates does not matter here.
         questions: B of them, of any sizes.

@@ -25,7 +25,8 @@ _FEW_ROWS = 10
 
 CONFOUNDING_NOTE = (
     "The interval covers sampling, not hidden confounding: if something unmeasured moves both "
-    "treatment and outcome, the model averages over the worlds that its prior deems possible."
+    "treatment and outcome, the model averages over the worlds that its prior deems possible; and "
+    "ATT and ATC average effects given the covariates, which may then differ between the arms."
 )
 
 

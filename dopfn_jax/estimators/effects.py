@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dopfn_jax.cells import Data, TableError
 from dopfn_jax.estimators.fitting import InContextEstimator
-from dopfn_jax.tables import Schema, read_treatment
+from dopfn_jax.tables import Schema, check_order, read_treatment
 
 # Labels of subgroups: a column of the table, or one label per row (a mask, for example).
 By = str | int | Data
@@ -157,14 +157,16 @@ class EffectEstimator(InContextEstimator):
         Args:
             X: (M, F) covariates; None means the fitted rows.
             by: subgroups: the name of a covariate (in an array its position), or (M,) labels, for
-                example a mask or the result of `pandas.cut`.
+                example a mask or the result of `pandas.cut`. Labels of the fitted rows go by
+                position, whatever their index.
 
         Returns:
             In the units of y: a number, or with `by` a series with one per subgroup.
 
         Raises:
-            TableError: X or `by` do not fit the fitted table, or X has no rows.
+            TableError: X or `by` do not fit the fitted table or each other, or X has no rows.
         """
+        check_order(X=X, by=by)
         x = self._read_rows(X)
         if by is None:
             return self._average(x)
@@ -199,11 +201,12 @@ class EffectEstimator(InContextEstimator):
             upper and a row per subgroup.
 
         Raises:
-            TableError: X or `by` do not fit the fitted table, X has no rows, or an arm of the
-                fitted table has only one row.
+            TableError: X or `by` do not fit the fitted table or each other, X has no rows, or an
+                arm of the fitted table has only one row.
             ValueError: alpha is outside (0, 1).
         """
         reach = reach_of(alpha)
+        check_order(X=X, by=by)
         x = self._read_rows(X)
         if by is None:
             return self._interval_of_average(x, alpha)
@@ -215,7 +218,11 @@ class EffectEstimator(InContextEstimator):
         return pd.DataFrame(ends, index=_index(groups, by))
 
     def att(self) -> float:
-        """Average effect in the treated: the mean of `cate` over the fitted rows with t = 1."""
+        """Average effect in the treated: the mean of `cate` over the fitted rows with t = 1.
+
+        That is the effect in the treated where the mean effect given x is the same in both arms,
+        which a hidden cause of the treatment that modifies the effect would break.
+        """
         return self._average(self._arm(1))
 
     def att_interval(self, *, alpha: float = 0.05) -> tuple[float, float]:
@@ -223,7 +230,10 @@ class EffectEstimator(InContextEstimator):
         return self._interval_of_average(self._arm(1), alpha)
 
     def atc(self) -> float:
-        """Average effect in the controls: the mean of `cate` over the fitted rows with t = 0."""
+        """Average effect in the controls: the mean of `cate` over the fitted rows with t = 0.
+
+        That is the effect in the controls on the same condition as for `att`.
+        """
         return self._average(self._arm(0))
 
     def atc_interval(self, *, alpha: float = 0.05) -> tuple[float, float]:
@@ -266,7 +276,7 @@ class EffectEstimator(InContextEstimator):
         p0, p1 = (
             self.schema_.outcome.restore(
                 self._means(x, np.full(len(x), arm, np.float32), contexts).mean(axis=0)
-            )
+            ).clip(0, 1)
             for arm in (0, 1)
         )
         harmed_at_most, helped_at_most = np.minimum(p0, 1 - p1), np.minimum(p1, 1 - p0)

@@ -117,6 +117,10 @@ class InContextEstimator(BaseEstimator):
         seed = cast(int, np.random.SeedSequence(self.random_state).entropy)
         return self._remember(checkpoint, schema, table, seed)
 
+    def __sklearn_is_fitted__(self) -> bool:
+        """Whether a fit has come to its end; the contexts are set last."""
+        return hasattr(self, "contexts_")
+
     @property
     def cache_bytes_(self) -> int:
         """Memory that the encoded contexts take between calls; 0 with `cache=False`."""
@@ -131,9 +135,10 @@ class InContextEstimator(BaseEstimator):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, but must be {lowest} or more."
                 )
-        if not isinstance(self.random_state, int | np.integer | None):
+        seed = self.random_state
+        if seed is not None and not (isinstance(seed, int | np.integer) and seed >= 0):
             raise ValueError(
-                f"random_state is {self.random_state!r}, but must be an integer or None."
+                f"random_state is {seed!r}, but must be an integer of 0 or more, or None."
             )
         _check_transforms(self.transforms, self.n_estimators)
         find_device(self.device)
@@ -144,7 +149,12 @@ class InContextEstimator(BaseEstimator):
         return from_pretrained(self.checkpoint)
 
     def _remember(self, checkpoint: Checkpoint, schema: Schema, table: Table, seed: int) -> Self:
-        """Sets the fitted attributes."""
+        """Sets the fitted attributes.
+
+        The old contexts go first: should encoding fail, nothing answers from another table.
+        """
+        if hasattr(self, "contexts_"):
+            del self.contexts_
         self.checkpoint_, self.schema_, self.table_ = checkpoint, schema, table
         self.seed_ = seed
         self.n_features_in_ = table.x.shape[1]
@@ -177,7 +187,7 @@ class InContextEstimator(BaseEstimator):
     @property
     def _is_subsampled(self) -> bool:
         """Whether members read different rows of a table that is longer than `max_context`."""
-        return len(self.table_.t) > self.max_context
+        return len(self.views_[0].rows) < len(self.table_.t)
 
     def _read_query(
         self, X: Data | None, t: Data
@@ -276,7 +286,7 @@ class InContextEstimator(BaseEstimator):
         tables = [Table(*(column[part] for column in self.table_)) for part in parts]
         factor = share / (1 - share)
         if self._is_subsampled:
-            factor += 1 / self.n_estimators
+            factor += 1 / len(self.views_)
         return self._effects_by_tables(tables, x), factor
 
     def _effects_by_tables(

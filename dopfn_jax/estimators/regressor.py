@@ -135,7 +135,10 @@ class DoPFNRegressor(EffectEstimator):
         outcome = self.schema_.outcome
         if output_type == "mean" or self.schema_.binary_outcome:
             mean = outcome.restore(self._means(x, treatment, self._contexts).mean(axis=0))
-            return _of_binary(mean, output_type, levels) if self.schema_.binary_outcome else mean
+            if self.schema_.binary_outcome:
+                # A mean within the bounds may be restored to a bit outside of them.
+                return _of_binary(mean.clip(0, 1), output_type, levels)
+            return mean
         return outcome.restore(self._answer(x, treatment, output_type, levels))
 
     def predict_distribution(self, X: Data | None, t: Data) -> BarDistribution:
@@ -169,7 +172,11 @@ class DoPFNRegressor(EffectEstimator):
     def sample(
         self, X: Data | None, t: Data, n: int, key: jax.Array | int | None = None
     ) -> NDArray[np.float64]:
-        """Independent draws from p(y | do(t), x); of a 0/1 outcome, zeros and ones.
+        """Draws from p(y | do(t), x); of a 0/1 outcome, zeros and ones.
+
+        Draws are independent, also those of one row under its two treatments: these are draws of
+        the two marginals, so the spread of their differences is not that of individual effects,
+        which no data show. See `individual_effect_interval`.
 
         Args:
             X: (M, F) covariates; None if the table has none.
@@ -190,8 +197,13 @@ class DoPFNRegressor(EffectEstimator):
         if key is None:
             key = int(np.random.default_rng(self.random_state).integers(2**31))
         key = jax.random.key(key) if isinstance(key, int | np.integer) else key
+        # Levels of their own for each arm: shared ones would pair the ranks of the two outcomes.
         # Off zero, so that no draw is infinite.
-        levels = np.asarray(jax.random.uniform(key, (len(x), n), minval=2.0**-24))
+        control, treated = (
+            np.asarray(jax.random.uniform(arm, (len(x), n), minval=2.0**-24))
+            for arm in jax.random.split(key)
+        )
+        levels = np.where(treatment[:, None] == 1, treated, control)
         if self.schema_.binary_outcome:
             return (self.predict(X, t) > levels.T).astype(np.float64)
         draws = np.zeros((n, len(x)))
@@ -248,12 +260,13 @@ class DoPFNRegressor(EffectEstimator):
             TableError: an arm of the fitted table has only one row.
             ValueError: alpha is outside (0, 1).
         """
+        reach = reach_of(alpha)
         overlap = self.overlap()
         treated = self.table_.t == 1
         effects = self._member_effects(self.table_.x)
         groups = [np.arange(len(treated)), np.flatnonzero(treated), np.flatnonzero(~treated)]
         estimates = [float(effects[:, rows].mean()) for rows in groups]
-        errors = reach_of(alpha) * self._errors_of_averages(self.table_.x, groups)
+        errors = reach * self._errors_of_averages(self.table_.x, groups)
         ate, att, atc = (
             (estimate, (estimate - error, estimate + error))
             for estimate, error in zip(estimates, errors.tolist(), strict=True)
@@ -292,9 +305,10 @@ class DoPFNRegressor(EffectEstimator):
     ) -> list[NDArray[np.float64]]:
         """Answers for many tables at once: each as if `fit(X, t, y).predict(query_X, query_t)`.
 
-        Tables of similar size share a call of the model, so this is for many small ones. It uses
-        the settings of this estimator with one member, and neither needs nor changes what it is
-        fitted on.
+        Tables of similar size share a call of the model, so this is for many small ones, with few
+        queries each: all queries of a table are answered in one piece. It uses the settings of this
+        estimator with one member, and neither needs nor changes what it is fitted on. Unlike `fit`
+        it does not warn of tables that are unlike the prior.
 
         Args:
             tables: tuples (X, t, y, query_X, query_t).

@@ -90,10 +90,10 @@ class TableTransform(NamedTuple):
         """The transform of that name, fitted to a table."""
         if name == "quantile_x":
             return cls(x=tuple(map(Monotone.normal_scores, table.x.T)))
-        if name == "quantile_y":
-            return cls(y=Monotone.normal_scores(table.y))
-        if name == "log_y":
-            return cls(y=Monotone.signed_log(table.y))
+        # Two values, of a 0/1 outcome for example, have no shape to change.
+        if name in ("quantile_y", "log_y") and len(np.unique(table.y)) > 2:
+            fit = Monotone.normal_scores if name == "quantile_y" else Monotone.signed_log
+            return cls(y=fit(table.y))
         return cls()
 
     def covariates(self, x: NDArray[np.float32]) -> NDArray[np.float32]:

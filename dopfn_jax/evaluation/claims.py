@@ -18,6 +18,8 @@ from dopfn_jax.evaluation.metrics import median_interval
 _PAPER_AMAZON = 0.00685
 # "As well as" allows for a tenth more.
 _ON_A_PAR = 1.1
+# The weights that the variants were trained from, on the prior of the paper.
+_SAME_PRIOR = "dopfn:do_pfn_cpu"
 _FEW_ROWS, _MANY_NODES = 50, 8
 _FEWEST_DATASETS = 5
 # Errors below this share of the range are rounding.
@@ -67,17 +69,28 @@ def _less_than_others(
     def check(scores: pd.DataFrame, method: str) -> _Verdict | None:
         table = _chosen(scores, metric, choose)
         rivals = [n for n in table.method.unique() if not is_dopfn(n) and not sees_truth(n)]
-        return _against_hardest(table, metric, method, rivals, limit)
+        found = _against_hardest(table, metric, method, rivals, limit)
+        medians = table.pivot_table(index="case", columns="method", values=metric, aggfunc="median")
+        if not found or len(medians) < 2:
+            return found
+        best = (medians[rivals].min(axis=1) > medians[method]).sum()
+        return found[0], f"{found[1]}; lowest median in {best} of {len(medians)} case studies"
 
     return check
 
 
-def _less_than(metric: str, names: str, limit: float = 1.0) -> _Check:
-    """Errs less, on case studies, than the methods whose names match a pattern."""
+def _less_than(metric: str, names: str, limit: float = 1.0, own: str = "") -> _Check:
+    """Errs less, on case studies, than the methods whose names match a pattern.
+
+    `own`: what to compare with them instead, where it was run.
+    """
 
     def check(scores: pd.DataFrame, method: str) -> _Verdict | None:
         table = _chosen(scores, metric, _case_studies)
         rivals = [n for n in table.method.unique() if re.search(names, n)]
+        if own and own in set(table.method):
+            found = _against_hardest(table, metric, own, rivals, limit)
+            return found and (found[0], f"`{own}`: {found[1]}")
         return _against_hardest(table, metric, method, rivals, limit)
 
     return check
@@ -102,10 +115,12 @@ def _against_hardest(
     ratios = {name: logs for name, logs in ratios.items() if len(logs) >= _FEWEST_DATASETS}
     if not ratios:
         return None
+    bounds = {name: np.exp(median_interval(logs.to_numpy())) for name, logs in ratios.items()}
+    verdicts = [_verdict(low, high, limit) for low, high in bounds.values()]
     hardest = max(ratios, key=lambda name: ratios[name].median())
-    logs = ratios[hardest].to_numpy()
-    low, high = np.exp(median_interval(logs))
-    return _verdict(low, high, limit), (
+    logs, (low, high) = ratios[hardest].to_numpy(), bounds[hardest]
+    # Less than every one of them, so the worst verdict counts.
+    return next(word for word in ("no", "open", "yes") if word in verdicts), (
         f"{np.exp(np.median(logs)):.2f} ({low:.2f} to {high:.2f}) times the error of "
         f"`{hardest}`, {len(logs)} datasets"
     )
@@ -123,7 +138,8 @@ def _case_studies(scores: pd.DataFrame) -> pd.Series:
 def _large_effects(scores: pd.DataFrame) -> pd.Series:
     drawn = scores.suite.isin(("generated", "graphs"))
     size = _fact(scores, "effect_size")
-    return drawn & (size > size[drawn].median())
+    datasets = scores[drawn].drop_duplicates(["suite", "case", "dataset"]).index
+    return drawn & (size > size[datasets].median())
 
 
 def _small_tables(scores: pd.DataFrame) -> pd.Series:
@@ -232,12 +248,12 @@ _CLAIMS: tuple[tuple[str, str, _Check], ...] = (
     (
         "Training on interventions matters: errs less than Dont-PFN",
         "case studies",
-        _less_than("cid", "dont_pfn"),
+        _less_than("cid", "dont_pfn", own=_SAME_PRIOR),
     ),
     (
         "As well as Do-PFN-Graph, trained on the true graph alone (CID)",
         "case studies",
-        _less_than("cid", "do_pfn_graph", _ON_A_PAR),
+        _less_than("cid", "do_pfn_graph", _ON_A_PAR, own=_SAME_PRIOR),
     ),
     (
         "Holds with a hidden confounder in a random graph (CID)",

@@ -191,13 +191,10 @@ def _facts(data: dict[str, NDArray], meta: dict[str, Any]) -> dict[str, float]:
 
 
 def _is_confounded(meta: dict[str, Any], hidden: set[str]) -> bool:
-    """Whether a hidden node causes the treatment, and the outcome other than through it."""
+    """Whether a hidden node causes treatment and outcome through hidden nodes alone."""
 
-    def causes(node: str, target: str, avoiding: str) -> bool:
+    def causes(node: str, target: str) -> bool:
         children = [child for parent, child in meta["edges"] if parent == node]
-        return target in children or any(
-            causes(child, target, avoiding) for child in children if child != avoiding
-        )
+        return target in children or any(causes(c, target) for c in children if c in hidden)
 
-    t, y = meta["t_key"], meta["y_key"]
-    return any(causes(node, t, avoiding=y) and causes(node, y, avoiding=t) for node in hidden)
+    return any(causes(node, meta["t_key"]) and causes(node, meta["y_key"]) for node in hidden)

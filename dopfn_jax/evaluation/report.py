@@ -16,6 +16,7 @@ SCORES_FILE, MEDIANS_FILE, RUNS_FILE = "scores.csv", "medians.csv", "runs.csv"
 METRICS = {
     "cid": "CID, normalised MSE",
     "cate": "CATE, normalised MSE over the range of y",
+    "cate_own_range": "CATE, normalised MSE over the range of the effect",
     "pehe": "PEHE, units of y",
     "ate_error": "absolute error of the ATE, units of y",
     "observational": "observational prediction, normalised MSE",
@@ -27,6 +28,7 @@ _MEDIAN_COLUMNS = [
     *("reference", "ratio", "ratio_low", "ratio_high"),
 ]
 # Medians of these are printed times 1,000.
+_FEWEST = 5
 _PER_MILLE = ("cid", "cate", "observational", "crps")
 _TITLES = {
     "generated": "Case studies drawn from our own prior",
@@ -42,7 +44,7 @@ _AVERAGES = {
     "lalonde": "Lalonde: earnings after job training ($)",
 }
 _TABLED = {
-    "generated": ("cid", "cate"),
+    "generated": ("cid", "cate", "cate_own_range", "observational"),
     "released": ("cid", "cate"),
     "simulated": ("pehe",),
     "real": ("pehe", "ate_error"),
@@ -222,7 +224,7 @@ def _runs_section(scores: pd.DataFrame, runs: pd.DataFrame) -> str:
 def _not_run_section(scores: pd.DataFrame) -> str:
     """What this suite knows, and the paper has, but the tables lack."""
     answered = scores[scores.status == "ok"]
-    names = [name for name in METHODS if name not in set(answered.method)]
+    names = [name for name in METHODS if name not in set(scores.method)]
     absent = {name: METHODS[name].absent for name in names}
     lines = ["## What was not run\n"]
     lines += [
@@ -242,6 +244,10 @@ def _not_run_section(scores: pd.DataFrame) -> str:
         lines.append(
             f"- {method} failed on {len(rows)} datasets ({_cases(rows)}): {_reasons(rows)}"
         )
+    for reason, rows in scores[scores.status == "not applicable"].groupby("reason"):
+        by = ", ".join(sorted(rows.method.unique()))
+        number = len(rows.drop_duplicates(list(KEY[:3])))
+        lines.append(f"- {number} datasets ({_cases(rows)}) by {by}: {reason}")
     if len(skipped := scores[scores.status == "skipped"].drop_duplicates(list(KEY[:3]))):
         lines.append(f"- {len(skipped)} datasets ({_cases(skipped)}): {_reasons(skipped)}")
     return "\n".join(lines) + "\n"
@@ -264,8 +270,11 @@ def _median_table(medians: pd.DataFrame, suite: str, metric: str) -> str:
     factor = 1000 if metric in _PER_MILLE else 1
     cells = table.assign(
         text=[
-            "{:.3g} ({:.3g} to {:.3g})".format(*row)
-            for row in factor * table[["median", "low", "high"]].to_numpy()
+            # An interval of very few datasets would be their range.
+            ("{:.3g} ({:.3g} to {:.3g})" if datasets >= _FEWEST else "{:.3g}").format(*row)
+            for datasets, row in zip(
+                table.datasets, factor * table[["median", "low", "high"]].to_numpy(), strict=True
+            )
         ]
     ).pivot(index="method", columns="case", values="text")
     cells = cells.loc[sorted(cells.index, key=lambda name: (_mark(name) != "", name))]

@@ -88,13 +88,15 @@ class DoPFNEstimator(CausalEstimator):
             treatment_value: 0 or 1.
             control_value: 0 or 1.
             target_units: "ate" (all rows), "att" (the treated), "atc" (the controls), a function of
-                `data` that says which rows, or a frame of other rows.
+                `data` that says which rows, or a frame of other rows. Of the treated and the
+                controls it is the mean of effects given the covariates, as for
+                `DoPFNRegressor.att`.
 
         Returns:
             Its `value` is the average; its `cate_estimates` are the effects of the rows, (M,).
 
         Raises:
-            TableError: rows that do not fit the fitted table.
+            TableError: rows that do not fit the fitted table, or unknown `target_units`.
         """
         self.update_input(treatment_value, control_value, target_units)
         self._estimated = rows = self._rows(data)
@@ -130,9 +132,14 @@ class DoPFNEstimator(CausalEstimator):
             return units
         if callable(units):
             return data.loc[units]
+        if units == "ate":
+            return data
         if units in ("att", "atc"):
             return data[data[self._treatment] == (units == "att")]
-        return data
+        raise TableError(
+            f"target_units is {units!r}, but must be 'ate', 'att', 'atc', a function of the data, "
+            "or a data frame of rows."
+        )
 
     def _effects(self, rows: pd.DataFrame) -> NDArray[np.float64]:
         X = rows[self._covariates]

@@ -15,6 +15,7 @@ from sklearn.base import BaseEstimator
 
 from dopfn_jax.cells import Data, TableError
 from dopfn_jax.estimators import DoPFNRegressor
+from dopfn_jax.tables import check_order
 
 
 class DoPFNCateEstimator(BaseEstimator):
@@ -29,6 +30,8 @@ class DoPFNCateEstimator(BaseEstimator):
 
     Attributes:
         model_: the fitted copy.
+        X_: the fitted X, which queries without X ask about.
+        controls_: the columns of W; None without.
     """
 
     def __init__(self, model: DoPFNRegressor | None = None):
@@ -52,9 +55,10 @@ class DoPFNCateEstimator(BaseEstimator):
         unknown = options.keys() - {"inference", "cache_values"}
         if unknown:
             raise TableError(f"fit cannot use {', '.join(sorted(unknown))}: leave it out.")
+        check_order(X=X, W=W, T=T, Y=Y)
         model = DoPFNRegressor() if self.model is None else self.model
-        self.controls_ = 0 if W is None else np.shape(W)[1]
         self.model_ = DoPFNRegressor(**model.get_params(deep=False)).fit(_beside(X, W), T, Y)
+        self.X_, self.controls_ = X, None if W is None else _frame(W).columns
         return self
 
     def effect(self, X: Data | None = None, *, T0: Data = 0, T1: Data = 1) -> NDArray[np.float64]:
@@ -87,20 +91,25 @@ class DoPFNCateEstimator(BaseEstimator):
         return float(self.effect(X, T0=T0, T1=T1).mean())
 
     def _query(self, X: Data | None) -> Data | None:
-        if not self.controls_ or X is None:
+        """X beside controls that are missing."""
+        if self.controls_ is None:
             return X
-        return _beside(X, np.full((np.shape(X)[0], self.controls_), np.nan))
+        X = self.X_ if X is None else X
+        rows = range(len(self.model_.table_.t) if X is None else np.shape(X)[0])
+        return _beside(X, pd.DataFrame(np.nan, index=rows, columns=self.controls_))
 
 
 def _beside(X: Data | None, W: Data | None) -> Data | None:
-    """X and W as one table."""
-    if X is None or W is None:
-        return W if X is None else X
-    frames = [
-        part.set_axis([f"{name} {column}" for column in part.columns], axis=1)
-        for name, part in (("X", _frame(X)), ("W", _frame(W)))
-    ]
-    return pd.concat([frame.reset_index(drop=True) for frame in frames], axis=1)
+    """X and W as one table, with columns named "X ..." and "W ..." if there is W."""
+    if W is None:
+        return X
+    controls = _frame(W).add_prefix("W ")
+    if X is None:
+        return controls
+    modifiers = _frame(X).add_prefix("X ")
+    if len(modifiers) != len(controls):
+        raise TableError(f"X has {len(modifiers)} rows, but W has {len(controls)}.")
+    return pd.concat([part.reset_index(drop=True) for part in (modifiers, controls)], axis=1)
 
 
 def _frame(values: Data) -> pd.DataFrame:

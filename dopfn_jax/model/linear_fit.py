@@ -27,6 +27,9 @@ _PENALTY, _PENALTY_PER_ROW = 1.0, 1e-3
 _WIDEST = 5.0
 # A row's leverage is 1 where it alone decides its prediction: leaving it out says nothing then.
 _LEAST_SLACK = 0.1
+# Accelerators would round products to TF32 or bfloat16; what nearly noiseless outcomes leave over
+# is smaller than that.
+_exactly = jax.default_matmul_precision("highest")
 
 
 @flax.struct.dataclass
@@ -106,6 +109,7 @@ class LinearFit:
     explained: jax.Array
 
     @classmethod
+    @_exactly
     def fit(
         cls, x: jax.Array, t: jax.Array, y: jax.Array, mask: jax.Array, covariate_mask: jax.Array
     ) -> "LinearFit":
@@ -141,6 +145,7 @@ class LinearFit:
         fit = cls(t_loc, t_scale, covariate_mask, rich, cautious, jnp.stack(explained, axis=-1))
         return jax.lax.stop_gradient(fit)
 
+    @_exactly
     def row_features(self, x: jax.Array, t: jax.Array, y: jax.Array | None) -> jax.Array:
         """What the fits say about each row: (B, R, ROW_FEATURES).
 

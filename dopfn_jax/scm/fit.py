@@ -214,8 +214,10 @@ def to_numpyro(noise: Any) -> Any:
     if family == "student_t":
         nu = STUDENT_T_DEGREES
         return dist.StudentT(nu, loc, scale / np.sqrt(nu / (nu - 2.0)))
-    stretch = scale * np.sqrt(6.0) / np.pi
-    return dist.Gumbel(loc - np.euler_gamma * stretch, stretch)
+    if family == "gumbel":
+        stretch = scale * np.sqrt(6.0) / np.pi
+        return dist.Gumbel(loc - np.euler_gamma * stretch, stretch)
+    raise SCMError(f"noise family {family!r}: `fit` has no NumPyro distribution for it; add one")
 
 
 def _numpyro() -> Any:

@@ -34,10 +34,10 @@ class Estimate(NamedTuple):
     """An answer and how far to trust it.
 
     Attributes:
-        value: (M,) or ().
+        value: (M,) or (); NaN where no draw has the covariates of the row.
         standard_error: of the same shape; 0 where the answer is exact.
         effective_samples: of the same shape; Monte Carlo draws that the weights leave, inf where
-            the answer is exact. Below some hundred, ask for more `samples`.
+            the answer is exact, 0 where it is NaN. Below some hundred, ask for more `samples`.
     """
 
     value: jax.Array
@@ -233,7 +233,8 @@ def _weighted(
     # Centred, so that an outcome that the row determines gets an error of exactly zero.
     mean = y[0] + jnp.sum(weight * (y - y[0]))
     error = jnp.sqrt(jnp.sum(weight**2 * (y - mean) ** 2))
-    return Estimate(mean, error, 1.0 / jnp.sum(weight**2))
+    possible = jnp.any(log_weight > -jnp.inf)  # else the weights are NaN, and so is the answer
+    return Estimate(mean, error, jnp.where(possible, 1.0 / jnp.sum(weight**2), 0.0))
 
 
 def _own_noise_averages_out(scm: SCM, covariates: Mapping[str, Any], outcome: str) -> bool:

@@ -173,10 +173,9 @@ class _Run:
                     window.add(*pending)
                     pending = None
                     line = window.flush()
-                    line |= self._validation(state) if validate else {}
-                    line |= self._evaluation(state, done) if evaluate else {}
-                    if validate or evaluate:
-                        window.restart_clock()
+                    with window.left_out():
+                        line |= self._validation(state) if validate else {}
+                        line |= self._evaluation(state, done) if evaluate else {}
                     if self._log:
                         self._log.write(line)
                     bar.set_postfix(
@@ -186,10 +185,13 @@ class _Run:
                         refresh=False,
                     )
                 if last or agreed is Wish.SAVE:
-                    self._directory.save(done, state)
-                    self.export(state, done)
+                    if pending:
+                        window.add(*pending)
+                        pending = None
+                    with window.left_out():
+                        self._directory.save(done, state)
+                        self.export(state, done)
                     last_save = time.monotonic()
-                    window.restart_clock()
                 if last:
                     break
         return state
@@ -278,9 +280,12 @@ class _Window:
         self._clear()
         return line
 
-    def restart_clock(self) -> None:
-        """Leaves validation and saving out of the rate."""
-        self._clock = time.monotonic()
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """For validation and saving, which do not count towards the rates."""
+        start = time.monotonic()
+        yield
+        self._clock += time.monotonic() - start
 
     def _clear(self) -> None:
         self._losses: list[float] = []

@@ -72,4 +72,7 @@ class Agreement:
             self._split, np.full(self._local, wish, np.int32)
         )
         before, self._last = self._last, self._largest(wishes)
-        return Wish.GO_ON if before is None else Wish(int(before))
+        agreed = Wish.GO_ON if before is None else Wish(int(before))
+        if agreed is not Wish.GO_ON:
+            self._last = None  # it was wished for again while it was not granted yet
+        return agreed

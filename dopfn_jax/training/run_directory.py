@@ -48,17 +48,18 @@ class RunDirectory:
                 f"{self.folder}: this process does not see what the first one wrote; choose a "
                 "--workdir on a file system that all of them share"
             )
-        self._checkpoints = ocp.CheckpointManager(
-            self.folder / "checkpoints",
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=2,
-                create=True,
-                cleanup_tmp_directories=True,
-                # Donated buffers have to wait for the save in any case; and after a save that
-                # failed, Orbax's background threads would hold up the end of the process.
-                enable_async_checkpointing=False,
-            ),
-        )
+        with self._naming_errors():
+            self._checkpoints = ocp.CheckpointManager(
+                self.folder / "checkpoints",
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=2,
+                    create=True,
+                    cleanup_tmp_directories=True,
+                    # Donated buffers have to wait for the save in any case; and after a save that
+                    # failed, Orbax's background threads would hold up the end of the process.
+                    enable_async_checkpointing=False,
+                ),
+            )
 
     def latest_step(self) -> int | None:
         """Step of the last complete checkpoint, or None."""

@@ -192,7 +192,8 @@ class Trainer:
         self, shape: TableShape, state: TrainState, schedule: Schedule
     ) -> tuple[TrainState, Metrics]:
         config = self.config.training
-        optimizer = make_optimizer(config, schedule)
+        # Of the run's step: the optimiser's own count stands still where an update is skipped.
+        optimizer = make_optimizer(config, lambda _: schedule(state.step))
         sums = self._sums(shape, state)
         rows = jnp.maximum(sums.rows, 1.0)
         loss = sums.loss / rows

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 
 
 def zero(mean: jax.Array, modifiers: jax.Array, spread: jax.Array) -> jax.Array:
-    """None at all."""
+    """No direct one; mediators, which `post_treatment_share = 0` rules out, still carry theirs."""
     return jnp.zeros_like(modifiers)
 
 
 def constant(mean: jax.Array, modifiers: jax.Array, spread: jax.Array) -> jax.Array:
-    """The same for everybody."""
+    """The same for everybody before the link; afterwards only with "identity" and "continuous"."""
     return mean * jnp.ones_like(modifiers)
 
 

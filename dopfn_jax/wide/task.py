@@ -399,6 +399,7 @@ def _columns(
     """Columns (F, R) shown of the (K + P, R) nodes, some twice, some cells missing (NaN)."""
     columns = jnp.argsort(jnp.where(candidates, draws["columns"], 2.0))[:most]
     doubles = (draws["has_duplicates"] < prior.duplicate_share) & (draws["duplicate"] < 0.15)
+    # A duplicate takes the place of another column, whose node is then hidden.
     source = jnp.floor(draws["duplicate_of"] * shown).astype(jnp.int32)
     columns = jnp.where(doubles, columns[source], columns)
     x = jnp.where(jnp.arange(most)[:, None] < shown, pool[columns], 0.0)

@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dopfn_jax.cells import TableError
 from dopfn_jax.estimators import DoPFNRegressor
 
 pytest.importorskip("dowhy")
@@ -70,6 +71,8 @@ def test_units_and_directions(ask, direct: DoPFNRegressor, data: pd.DataFrame) -
     expected = pytest.approx(direct.ate(old[["site", "age"]]), rel=1e-4)
     assert ask(target_units=lambda frame: frame["age"] > 0).value == expected
     assert ask(target_units=old).value == expected
+    with pytest.raises(TableError, match="target_units is 'treated', but must be 'ate', 'att'"):
+        ask(target_units="treated")
     backwards = ask(treatment_value=0, control_value=1)
     assert backwards.value == pytest.approx(-direct.ate(), rel=1e-5)
     low, high = backwards.get_confidence_intervals(0.95)

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.base import clone
 from sklearn.linear_model import LinearRegression, LogisticRegression
@@ -39,8 +40,30 @@ def test_controls_are_covariates_that_queries_lack(checkpoint, table) -> None:
     unknown[:, 1:] = np.nan
     expected = DoPFNRegressor(checkpoint).fit(x, t, y).cate(unknown)
     np.testing.assert_allclose(estimator.effect(x[:, :1]), expected, rtol=1e-5)
+    np.testing.assert_allclose(estimator.effect(), expected, rtol=1e-5)
     with pytest.raises(TableError, match="fit cannot use sample_weight: leave it out"):
         clone(estimator).fit(y, t, X=x, sample_weight=np.ones(ROWS))
+    with pytest.raises(TableError, match="X has 16 rows, but W has 3"):
+        clone(estimator).fit(y, t, X=x, W=x[:3])
+
+
+def test_controls_may_be_frames_vectors_or_alone(checkpoint, table) -> None:
+    x, t, y = table
+    rows = np.arange(100, 100 + ROWS)
+    X = pd.DataFrame({"age": x[:, 0]}, index=rows)
+    W = pd.DataFrame({"site": np.where(x[:, 1] > 0, "a", "b"), "income": x[:, 2]}, index=rows)
+    estimator = DoPFNCateEstimator(DoPFNRegressor(checkpoint)).fit(y, t, X=X, W=W)
+    direct = DoPFNRegressor(checkpoint).fit(X.join(W), t, y)
+    expected = direct.cate(X.assign(site=None, income=np.nan))
+    np.testing.assert_allclose(estimator.effect(X[:5]), expected[:5], rtol=1e-5)
+    np.testing.assert_allclose(estimator.effect(), expected, rtol=1e-5)
+
+    estimator.fit(y, t, X=x[:, :1], W=x[:, 1])
+    expected = DoPFNRegressor(checkpoint).fit(x[:, :2], t, y).cate(x[:, :2] * [1, np.nan])
+    np.testing.assert_allclose(estimator.effect(x[:, :1]), expected, rtol=1e-5)
+
+    estimator.fit(y, t, W=W)
+    assert np.ptp(estimator.effect()) == 0 < np.ptp(estimator.model_.cate())
 
 
 def test_scorers_of_econml_take_it(checkpoint, table) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -9,7 +10,7 @@ from dopfn_jax.cells import TableError
 from dopfn_jax.estimators import DoPFNRegressor
 from dopfn_jax.estimators.effects import group_rows
 from dopfn_jax.model.bar_distribution import BarDistribution
-from dopfn_jax.tables import Schema
+from dopfn_jax.tables import Scale, Schema
 from tests.estimators.small import ROWS, assert_same, table
 
 
@@ -75,6 +76,15 @@ class TestVocabulary:
             fitted.effect(T1=[0, 1])
         with pytest.raises(TableError, match="T0: treatment t must hold 0 and 1"):
             fitted.effect(T0=2)
+
+    def test_labels_in_another_order_are_refused(self, fitted) -> None:
+        X, _, _ = table()
+        old = (X["age"] > 0).iloc[::-1]
+        with pytest.raises(TableError, match=r"X and by have .* pass by\.loc\[X\.index\]"):
+            fitted.ate(X, by=old)
+        with pytest.raises(TableError, match="X and by have the same index in another order"):
+            fitted.ate_interval(X, by=old)
+        assert fitted.ate(X, by=old.loc[X.index]).tolist() == fitted.ate(by=old[::-1]).tolist()
 
     def test_names_that_are_numbers(self) -> None:
         X, t, y = table()
@@ -150,6 +160,13 @@ class TestBinaryOutcome:
         assert np.abs(model.cate(far)).max() <= 1
         assert_same(model.cate(far), model.predict(far, 1) - model.predict(far, 0))
 
+    def test_rounding_does_not_leave_zero_to_one(self, model, monkeypatch) -> None:
+        schema = dataclasses.replace(model.schema_, outcome=Scale(0.85, 0.4))
+        monkeypatch.setattr(model, "schema_", schema)
+        monkeypatch.setattr(model, "_means", lambda *_: np.array([model._bounds]))
+        assert schema.outcome.restore(model._bounds).min() < 0
+        assert model.predict(table()[0][:2], 1).tolist() == [0, 1]
+
     def test_samples_are_zeros_and_ones(self, model) -> None:
         X, t, _ = table()
         draws = model.sample(X, t, 4000)
@@ -171,6 +188,17 @@ class TestSample:
         low, high = fitted.predict(X, t, "quantiles", [0.1, 0.9]).T
         inside = ((draws > low) & (draws < high)).mean(axis=0)
         np.testing.assert_allclose(inside, 0.8, atol=0.04)
+
+    def test_draws_under_the_two_treatments_are_independent(self, fitted) -> None:
+        """So their differences are no individual effects; and rows are independent, too."""
+        X, t, _ = table()
+        control, treated = (fitted.sample(X, arm, 4000) for arm in (0, 1))
+        mixed = fitted.sample(X, t, 4000)
+        np.testing.assert_allclose(mixed, np.where(t, treated, control), rtol=1e-4)
+        for first, second in ((control, treated), (control[:, 1:], control[:, :-1])):
+            pairs = zip(first.T, second.T, strict=True)
+            correlations = [np.corrcoef(*map(np.argsort, map(np.argsort, p)))[0, 1] for p in pairs]
+            assert np.abs(correlations).max() < 0.08  # five standard errors
 
     def test_seeds(self, fitted) -> None:
         X, _, _ = table()
@@ -213,6 +241,8 @@ class TestEnsemble:
         mixture = model.predict_distribution(X, 1)
         np.testing.assert_allclose(mixture.masses.sum(axis=1), 1, rtol=1e-5)
         assert_same(mixture.mean, model.predict(X, 1), 0.02)
+        # Settings that change after the fit do not change what has been fitted.
+        model.set_params(n_estimators=9)
         effects, factor = model._resampled_effects(model.table_.x[:2])
         assert factor == pytest.approx((15 / 40) / (25 / 40) + 1 / 3)
         assert model.summary().member_spread > 0

@@ -218,8 +218,9 @@ class TestInterval:
         assert spread == pytest.approx(error, rel=0.05)
 
     def test_refusals(self, checkpoint, fitted) -> None:
-        with pytest.raises(ValueError, match=r"alpha is 1\.5, but must lie between 0 and 1"):
-            fitted.ate_interval(alpha=1.5)
+        for interval in (fitted.ate_interval, fitted.summary):
+            with pytest.raises(ValueError, match=r"alpha is 1\.5, but must lie between 0 and 1"):
+                interval(alpha=1.5)
         X, _, y = table()
         model = DoPFNRegressor(checkpoint).fit(X, np.arange(ROWS) == 2, y)
         with pytest.raises(TableError, match=r"single row with treatment 1: .*at least 2 rows"):
@@ -349,6 +350,22 @@ class TestRefused:
             model.fit(X, t, np.ones(ROWS))
         np.testing.assert_array_equal(model.cate(), effects)
 
+    def test_a_fit_that_broke_off_answers_nothing(self, checkpoint, monkeypatch) -> None:
+        X, t, y = table()
+        model = DoPFNRegressor(checkpoint).fit(X, t, y)
+
+        def fail(*_: object) -> None:
+            raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(inference.Network, "encode", fail)
+            with pytest.raises(MemoryError):
+                model.fit(X, t, -y)
+        for ask in (model.cate, model.ate_interval, model.summary):
+            with pytest.raises(NotFittedError, match="is not fitted yet"):
+                ask()
+        assert model.fit(X, t, y).cate().shape == (ROWS,)
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
@@ -373,8 +390,9 @@ class TestRefused:
     def test_settings(self, checkpoint) -> None:
         with pytest.raises(ValueError, match="n_resamples is 1, but must be 2 or more"):
             DoPFNRegressor(checkpoint, n_resamples=1).fit(*table())
-        with pytest.raises(ValueError, match="random_state is 'today', but must be an integer"):
-            DoPFNRegressor(checkpoint, random_state="today").fit(*table())
+        for seed in ("today", -1, 0.5):
+            with pytest.raises(ValueError, match=f"random_state is {seed!r}, but must be an int"):
+                DoPFNRegressor(checkpoint, random_state=seed).fit(*table())
 
     def test_missing_checkpoint(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="nowhere"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dopfn_jax.checkpoints import from_pretrained, save_checkpoint
-from dopfn_jax.diagnostics import table_statistics
+from dopfn_jax.diagnostics import table_statistics, unlike_usual
 from dopfn_jax.estimators import DoPFNRegressor
 from dopfn_jax.estimators.diagnostics import UnlikePriorWarning
 from tests.estimators.small import table
@@ -37,6 +37,19 @@ def test_usual_tables_and_checkpoints_without_a_record_are_silent(remembering, c
         warnings.simplefilter("error")
         DoPFNRegressor(usual).fit(*table())
         DoPFNRegressor(checkpoint).fit(*table())
+
+
+@pytest.mark.parametrize("rows", [100, 300, 6000])
+def test_a_binary_outcome_in_any_order_is_usual_for_the_shipped_weights(rows):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(rows, 4))
+    t = (x[:, 0] + random.normal(size=rows) > 0).astype(float)
+    latent = x[:, 1] + t + random.normal(size=rows)
+    y = (latent > np.median(latent)).astype(float)
+    usual_tables = from_pretrained().usual_tables
+    assert usual_tables is not None
+    for order in (np.arange(rows), np.argsort(t), np.argsort(y)):
+        assert unlike_usual(x[order], t[order], y[order], usual_tables) == {}
 
 
 def test_the_record_is_kept_in_checkpoints_and_saved_estimators(remembering, tmp_path):

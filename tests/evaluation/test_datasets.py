@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dopfn_jax.evaluation.datasets import load_datasets, marginalise
+from dopfn_jax.evaluation.datasets import _is_confounded, load_datasets, marginalise
 
 
 def test_split_halves_the_rows_and_pairs_queries_with_their_own_outcome(toy):
@@ -28,6 +28,10 @@ def test_a_hidden_confounder_is_told_from_a_hidden_cause_of_one_side():
         "t": ("x0",),
         "y": ("x0", "t"),
     }
+    meta = {"edges": edges, "t_key": "t", "y_key": "y"}
+    assert _is_confounded(meta, {"u", "v"})
+    assert not _is_confounded(meta, {"u"})  # v, the common cause, is shown
+    assert not _is_confounded(meta, {"v"})  # it reaches t through u, which is shown
 
 
 def test_a_fingerprint_changes_with_one_number(toy):

@@ -121,3 +121,10 @@ def test_inverse_of_normal_matrices(terms, rows):
     exact = np.linalg.inv(matrix)
     found = np.asarray(jax.jit(invert, compiler_options=FAST)(matrix.astype(np.float32)))
     np.testing.assert_allclose(found, exact, atol=1e-4 * np.abs(exact).max())
+
+
+def test_no_device_rounds_its_products(table):
+    x, t, y = (part[None].astype(np.float32) for part in table[:3])
+    mask, columns = np.ones(y.shape, bool), np.ones((1, F), bool)
+    program = str(jax.make_jaxpr(_fit_and_read)(x, t, y, mask, columns, x, t))
+    assert program.count("dot_general") == program.count("precision=(Precision.HIGHEST") > 0

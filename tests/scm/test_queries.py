@@ -207,3 +207,11 @@ def test_without_networkx_the_error_names_the_extra(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"dopfn-jax\[graphs\]"):
         d_separated(graph("a>b"), "a", "b")
+
+
+def test_a_row_that_the_scm_never_makes_has_no_answer():
+    never_one = node(binary(threshold=50.0), normal())
+    scm = SCM({"x": never_one, "t": normal(), "y": node(lambda t, x: t + x, normal())})
+    estimate = true_cid(scm, {"x": [0.0, 1.0]}, {"t": 1.0}, "y", KEY, samples=100)
+    assert np.isfinite(estimate.value[0]) and estimate.effective_samples[0] > 50
+    assert np.isnan(estimate.value[1]) and estimate.effective_samples[1] == 0

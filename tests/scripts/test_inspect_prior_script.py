@@ -25,8 +25,9 @@ def table(tmp_path):
 def test_a_table_is_laid_beside_the_prior(table, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = ["--csv", str(table), "--treatment", "drug", "--outcome", "weight"]
-    assert MAIN([*QUICK, *arguments, "--output", str(output)]) == 0
+    assert MAIN([*QUICK, "--rows", "500", *arguments, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
+    assert "tables of 60 rows" in printed  # as many as this table has
     assert "paper's prior: " in printed and "wide prior" not in printed
     line = next(line for line in printed.splitlines() if "discrete_columns" in line)
     # Sex is one of two columns; the paper's prior has no discrete one.
@@ -45,3 +46,13 @@ def test_mistakes_are_named(table, capsys):
     with pytest.raises(SystemExit):
         MAIN([*QUICK, "--csv", str(table)])
     assert "name also its --treatment" in capsys.readouterr().err
+
+
+def test_a_record_goes_into_the_folder_of_the_weights_and_nowhere_else(tmp_path, capsys):
+    for folder in ("do_pfn_cpu", tmp_path):
+        assert MAIN(["--record", str(folder)]) == 2
+        assert f"--record {folder}: holds no config.json" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        MAIN(["--record", str(tmp_path), "--rows", "90", "wide.hidden_share=0.0"])
+    assert "takes no --rows, wide.hidden_share=0.0" in capsys.readouterr().err

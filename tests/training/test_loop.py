@@ -60,6 +60,15 @@ def test_rates_are_those_of_the_same_seconds() -> None:
     assert line["utilisation"] == pytest.approx(line["model_flops_per_second"] / 1e9)
 
 
+def test_what_is_left_out_of_the_rates_leaves_the_time_before_it_in() -> None:
+    window = loop._Window(Config())
+    window._clock -= 10  # the steps so far took ten seconds
+    with window.left_out():
+        pass
+    window.add(1, SHAPE, metrics())
+    assert 0 < window.flush()["tasks_per_second"] <= SHAPE.tasks / 10
+
+
 def test_a_profile_shows_steps_that_do_not_compile() -> None:
     other = dataclasses.replace(SHAPE, rows=30)
     config = TrainingConfig(shapes=(SHAPE, other), seed=1)
