@@ -1,9 +1,10 @@
 """Trains a Do-PFN from its prior, on one device, on a mesh of them, or on several machines.
 
-Presets: do_pfn, do_pfn_graph, do_pfn_mixed, do_pfn_short, dont_pfn; with _cpu the last four at a
-size for two cores; cpu, cpu_wide, smoke. Fields of a config are changed by section.field=value
-(sections: prior, wide, model, training). Ctrl-C saves and prints the command that goes on. The work
-directory holds metrics, checkpoints and weights; `dopfn-jax predict --checkpoint` takes it.
+Presets: do_pfn, do_pfn_graph, do_pfn_mixed, do_pfn_short, dont_pfn; for two cores cpu, cpu_wide,
+do_pfn_graph_cpu, do_pfn_mixed_cpu, do_pfn_short_cpu, dont_pfn_cpu; smoke. Fields of a config are
+changed by section.field=value (sections: prior, wide, model, training). Ctrl-C saves and prints the
+command that goes on. The work directory holds metrics, checkpoints and weights; `dopfn-jax predict
+--checkpoint` takes it.
 
 Examples:
     dopfn-jax train --config smoke --workdir runs/smoke

@@ -196,6 +196,13 @@ def estimate_overlap(table: Table) -> Overlap:
     return Overlap(propensity, sizes, (float(effective[0]), float(effective[1])), share)
 
 
+def observational(checkpoint: Checkpoint) -> list[str]:
+    """A sentence where the weights predict p(y | t, x), not p(y | do(t), x); else nothing."""
+    if checkpoint.config.prior.target == "interventional":
+        return []
+    return [f"{checkpoint.name} predicts outcomes as observed: these are associations, not effects"]
+
+
 def unlike_prior(table: Table, checkpoint: Checkpoint) -> list[str]:
     """In what a table is unlike those that the checkpoint was trained on, a sentence for each.
 

@@ -22,6 +22,7 @@ from dopfn_jax.estimators.diagnostics import (
     Placebo,
     Summary,
     estimate_overlap,
+    observational,
     unlike_prior,
 )
 from dopfn_jax.estimators.effects import INTERVAL_ROWS, EffectEstimator, reach_of
@@ -293,7 +294,11 @@ class DoPFNRegressor(EffectEstimator):
             member_spread=float(effects.mean(axis=1).std(ddof=1)) if several else None,
             cache_bytes=self.cache_bytes_,
             checkpoint=self.checkpoint_.name,
-            warnings=(*overlap.warnings, *unlike_prior(self.table_, self.checkpoint_)),
+            warnings=(
+                *observational(self.checkpoint_),
+                *overlap.warnings,
+                *unlike_prior(self.table_, self.checkpoint_),
+            ),
         )
 
     def predict_batch(

@@ -266,6 +266,8 @@ def observational_and_interventional(scores: pd.DataFrame) -> "Figure | None":
     from matplotlib.ticker import LogLocator
 
     table = _studies(scores, "observational")
+    if table.empty:
+        return None
     answers = table.groupby("method").size()  # weights for one graph answer its case only
     table = table[table.method.isin(answers.index[answers > 0.8 * answers.max()])]
     table = table[~table.method.map(sees_truth)]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -86,6 +87,14 @@ class TestSummary:
         assert summary.difference_in_means == pytest.approx(difference, rel=1e-5)
         assert (summary.rows, summary.arm_sizes) == (ROWS, (8, 8))
         assert summary.cache_bytes == fitted.cache_bytes_
+
+    def test_says_that_observational_weights_know_no_effects(self, checkpoint) -> None:
+        prior = dataclasses.replace(checkpoint.config.prior, target="observational")
+        config = dataclasses.replace(checkpoint.config, prior=prior)
+        ablation = dataclasses.replace(checkpoint, config=config)
+        for weights, said in ((ablation, True), (checkpoint, False)):
+            found = DoPFNRegressor(weights, n_resamples=2).fit(*table()).summary().warnings
+            assert any("associations, not effects" in line for line in found) == said
 
     def test_prints_and_becomes_json(self, fitted) -> None:
         summary = fitted.summary()

@@ -240,7 +240,7 @@ class TestEnsemble:
         # Their outcomes have different scales, so the mixture has buckets of its own.
         mixture = model.predict_distribution(X, 1)
         np.testing.assert_allclose(mixture.masses.sum(axis=1), 1, rtol=1e-5)
-        assert_same(mixture.mean, model.predict(X, 1), 0.02)
+        assert_same(mixture.mean, model.predict(X, 1), 0.03)  # of 16 wide buckets
         # Settings that change after the fit do not change what has been fitted.
         model.set_params(n_estimators=9)
         effects, factor = model._resampled_effects(model.table_.x[:2])
