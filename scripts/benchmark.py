@@ -93,7 +93,9 @@ def _run(options: argparse.Namespace) -> "Results":
     questions = options.questions or QUESTIONS
     words = [] if options.size == "full" else [f"--{options.size}"]
     words += ["--published", str(options.published)] if options.published else []
-    command = ["python", os.path.relpath(__file__), *options.questions, *words]
+    # Where the checkout lies is nobody's business.
+    shown = ["DIR" if word == str(options.published) else word for word in words]
+    command = ["python", os.path.relpath(__file__), *options.questions, *shown]
     results = Results(command=shlex.join(command), machine={})
     for question in questions:
         print(f"{question}:", file=sys.stderr)
@@ -114,6 +116,8 @@ def _run(options: argparse.Namespace) -> "Results":
                 results.absent.append(Absent(**row))
             else:
                 results.measurements.append(Measurement.from_dict(row))
+        if options.json:  # after every question: who stops the rest keeps what there is
+            results.write(options.json)
     return results
 
 

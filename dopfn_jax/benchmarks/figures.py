@@ -80,8 +80,10 @@ def _training(rows: Sequence[Measurement]) -> "Figure":
 
 def _inference(rows: Sequence[Measurement]) -> "Figure":
     """Time against the context's rows and columns, and memory against the queries."""
-    figure, (by_rows, by_columns, memory) = _figure(3)
-    for axes, axis in ((by_rows, "rows"), (by_columns, "columns")):
+    against = {row.setting.get("against") for row in rows}
+    grown = [axis for axis in ("rows", "columns") if axis in against]
+    figure, (*panels, memory) = _figure(len(grown) + 1)
+    for axes, axis in zip(panels, grown, strict=True):
         for quantity in ("fit", "predict"):
             own = [r for r in rows if r.quantity == quantity and r.unit == "ms"]
             own = [row for row in own if row.setting.get("against") == axis]
