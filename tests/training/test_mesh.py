@@ -111,8 +111,8 @@ def test_every_mesh_with_muon_and_cell_tokens() -> None:
         "1,2,4,8,4x2,2x4",
         "2,4,8,4x2,2x4",
         "2,8,4x2,2x4",
-        JAX_DISABLE_MOST_OPTIMIZATIONS="0",
-    )  # the programs that users run
+        JAX_DISABLE_MOST_OPTIMIZATIONS="0",  # the programs that users run
+    )
     assert len(set(seen["data"].values())) == 1
     require_equal_gradients(seen["row_gradient"])
     require_equal_gradients(seen["cell_gradient"])
