@@ -321,6 +321,9 @@ class TrainingConfig:
     seed: int = 0
     # The shape of step k is drawn from these, as a function of (seed, k) alone.
     shapes: tuple[TableShape, ...] = (TableShape(rows=2200, context=(10, 2199), tasks=8),)
+    # Weight of the loss of effects beside the negative log-likelihood. Above 0, half as many query
+    # rows are asked about, each under both treatments.
+    effect_weight: float = 0.0
     # Parts that a batch is computed in, one after another: the same update in less memory.
     accumulate: int = 1
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -343,8 +346,16 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "steps", "accumulate", "log_every")
         _require_at_least(self, 0, "seed", "warmup_steps", "validate_every", "weight_decay")
-        _require_at_least(self, 0, "checkpoint_minutes")
+        _require_at_least(self, 0, "checkpoint_minutes", "effect_weight")
         _require_positive(self, "learning_rate", "clip_norm")
+        for shape in self.shapes:
+            _require(
+                not self.effect_weight or shape.rows - shape.context[0] > 1,
+                "effect_weight",
+                self.effect_weight,
+                f"needs two query rows or more, but a shape has {shape.rows} rows, of which "
+                f"{shape.context[0]} are context",
+            )
         _require(len(self.shapes) > 0, "shapes", self.shapes, "give at least one table shape")
         _require_share(self, "final_learning_rate_share")
         _require(

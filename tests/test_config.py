@@ -70,6 +70,7 @@ EVERYTHING = Config(
         steps=7,
         seed=3,
         shapes=(TableShape(20, (2, 5), 3), TableShape(40, (6, 39), 1, 0.5, (2, 7))),
+        effect_weight=0.5,
         accumulate=2,
         optimizer="muon",
         learning_rate=0.1,
@@ -240,6 +241,18 @@ def test_a_case_study_fixes_the_sizes_of_the_arrays():
             "1 or more",
         ),
         ({"training": {"shapes": [SHAPE | {"weight": 0}]}}, "shapes[0].weight", "0.0", "positive"),
+        ({"training": {"effect_weight": -1}}, "training.effect_weight", "-1.0", "0 or more"),
+        (
+            {
+                "training": {
+                    "effect_weight": 1,
+                    "shapes": [{"rows": 9, "context": [8, 8], "tasks": 1}],
+                }
+            },
+            "training.effect_weight",
+            "1.0",
+            "two query rows or more",
+        ),
     ],
 )
 def test_a_refusal_names_field_value_and_remedy(values, field, value, remedy):

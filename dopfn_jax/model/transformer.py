@@ -30,7 +30,7 @@ class EncodedContext:
         scaler: standardisation of covariates and outcome.
         columns: description of the columns.
         fit: regressions of the context, if the model reads them.
-        keys_values: of every layer, each (L, B, C, N, H, D / H).
+        keys_values: of every layer, each (L, B, C, H, D / H, N).
         mask: (B, N) bool, context rows that exist.
     """
 
@@ -88,6 +88,10 @@ class Layer(nnx.Module):
         normed = self.row_norm(tokens)
         keys_values = self.row_attention.keys_values(normed)
         return self._mix_rows(tokens, normed, keys_values, mask), keys_values
+
+    def last_context(self, tokens: jax.Array, token_mask: jax.Array) -> KeysValues:
+        """Only the keys and values: after the last layer nobody reads context tokens."""
+        return self.row_attention.keys_values(self.row_norm(self._mix_tokens(tokens, token_mask)))
 
     def query(
         self, tokens: jax.Array, token_mask: jax.Array, keys_values: KeysValues, mask: jax.Array
@@ -162,7 +166,12 @@ class DoPFN(nnx.Module):
         def step(tokens: jax.Array, layer: Layer) -> tuple[jax.Array, KeysValues]:
             return layer.context(tokens, columns.token_mask, mask)
 
-        _, keys_values = self._scan(step, tokens)
+        layers, last = self._split_layers()
+        tokens, keys_values = self._scan(step, tokens, layers)
+        last_keys_values = last.last_context(tokens, columns.token_mask)
+        keys_values = jax.tree.map(
+            lambda others, own: jnp.concatenate([others, own[None]]), keys_values, last_keys_values
+        )
         return EncodedContext(scaler, columns, fit, keys_values, mask)
 
     def decode(self, encoded: EncodedContext, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -182,7 +191,7 @@ class DoPFN(nnx.Module):
             layer, keys_values = inputs
             return layer.query(tokens, encoded.columns.token_mask, keys_values, encoded.mask), None
 
-        tokens, _ = self._scan(step, tokens, encoded.keys_values)
+        tokens, _ = self._scan(step, tokens, self.layers, encoded.keys_values)
         return self._logits(tokens)
 
     def __call__(
@@ -213,7 +222,10 @@ class DoPFN(nnx.Module):
             query = layer.query(query, columns.token_mask, keys_values, context_mask)
             return (context, query), None
 
-        (_, query), _ = self._scan(step, (context, query))
+        layers, last = self._split_layers()
+        (context, query), _ = self._scan(step, (context, query), layers)
+        keys_values = last.last_context(context, columns.token_mask)
+        query = last.query(query, columns.token_mask, keys_values, context_mask)
         return self._logits(query), scaler
 
     def distribution(self, logits: jax.Array) -> BarDistribution:
@@ -264,10 +276,11 @@ class DoPFN(nnx.Module):
         self,
         step: Callable[[Carry, Any], tuple[Carry, Any]],
         carry: Carry,
+        layers: Layer,
         inputs: KeysValues | None = None,
     ) -> tuple[Carry, Any]:
-        """Runs `step(carry, layer)`, or `step(carry, (layer, inputs[l]))`, over the layers."""
-        graphdef, state = nnx.split(self.layers)
+        """Runs `step(carry, layer)`, or `step(carry, (layer, inputs[l]))`, over stacked layers."""
+        graphdef, state = nnx.split(layers)
 
         def body(carry: Carry, scanned: Any) -> tuple[Carry, Any]:
             if inputs is None:
@@ -278,6 +291,12 @@ class DoPFN(nnx.Module):
         carry = jax.tree.map(lambda tokens: tokens.astype(dtype), carry)
         body = jax.checkpoint(body) if self.config.remat else body
         return jax.lax.scan(body, carry, state if inputs is None else (state, inputs))
+
+    def _split_layers(self) -> tuple[Layer, Layer]:
+        """All layers but the last, stacked, and the last."""
+        graphdef, state = nnx.split(self.layers)
+        others = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[:-1], state))
+        return others, nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[-1], state))
 
     def _logits(self, tokens: jax.Array) -> jax.Array:
         """Logits (B, M, Q) from the last token of each row."""

@@ -21,15 +21,20 @@ def model_flops(config: Config, shape: TableShape) -> float:
     covariates = shape.covariates[1] if shape.wide else config.prior.covariates
     context = sum(shape.context) / 2
     query = shape.rows - context
+    if config.training.effect_weight:
+        query = 2 * ((shape.rows - shape.context[0]) // 2)
     tokens = -(-covariates // group) + 2 if group else 1  # of a row
     linear = 2 * width**2  # a square matrix, one token
     mlp = 2 * model.mlp_ratio * linear
     # Queries have no keys and values that anybody reads.
-    rows = context * (4 * linear + mlp) + query * (2 * linear + mlp)
-    reading = (context + query) * 4 * context * width
+    reading = 4 * context * width
+    context_row, query_row = 4 * linear + mlp + reading, 2 * linear + mlp + reading
     mixing = (context + query) * (4 * linear + 4 * tokens * width) if group else 0.0
+    layer = tokens * (context * context_row + query * query_row + mixing)
+    # Of the last layer's context, nothing but keys and values is read.
+    unread = tokens * context * (context_row - 2 * linear)
     head = query * (2 * linear + 4 * width * model.buckets)
-    return 3 * shape.tasks * (model.layers * tokens * (rows + reading + mixing) + head)
+    return 3 * shape.tasks * (model.layers * layer - unread + head)
 
 
 def measured_peak(config: Config, mesh: Mesh) -> float:

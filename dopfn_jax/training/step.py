@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dopfn_jax.config import Config, PriorConfig, TableShape, WidePriorConfig
+from dopfn_jax.config import Config, ConfigError, PriorConfig, TableShape, WidePriorConfig
 from dopfn_jax.model.bar_distribution import fit_borders
 from dopfn_jax.model.standardise import Scaler
 from dopfn_jax.model.transformer import DoPFN
@@ -26,6 +26,8 @@ from dopfn_jax.wide.task import sample_wide_tasks
 # Standardised targets beyond this are moved to it, so that the mean loss does not hang on a few
 # heavy tails. It lies in the outermost buckets, within which no gradient depends on the target.
 TARGET_LIMIT = 60.0
+# Errors of effects count linearly beyond as many predicted standard deviations.
+EFFECT_LIMIT = 3.0
 # Streams of the run's key that are not training steps.
 _INIT_STREAM, _BORDER_STREAM = 2**31 - 1, 2**31 - 2
 _BORDER_TASKS = 1024
@@ -80,6 +82,7 @@ class Trainer:
 
     Raises:
         MeshError: a number of tasks that the mesh's data axis does not divide.
+        ConfigError: effects asked of a model of observational outcomes.
     """
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -87,6 +90,11 @@ class Trainer:
         for shape in config.training.shapes:
             _require_divisible("shapes", shape.tasks, data, parts)
         _require_divisible("validation", config.training.validation.tasks, data, 1)
+        if config.training.effect_weight and config.prior.target == "observational":
+            raise ConfigError(
+                f"training.effect_weight = {config.training.effect_weight}: an observational model "
+                "has no effects; set it to 0, or prior.target to interventional"
+            )
         self.config, self.mesh = config, mesh
         self._optimizer = make_optimizer(config.training)
         abstract_model = nnx.eval_shape(lambda: DoPFN(config.model, rngs=nnx.Rngs(0)))
@@ -229,17 +237,22 @@ class Trainer:
         part = dataclasses.replace(shape, tasks=shape.tasks // parts)
 
         def of_part(first: jax.Array | int) -> _Sums:
-            task = sample_batch(key, self.config.prior_of(part), part, self.mesh, first)
+            effect_weight, prior = self.config.training.effect_weight, self.config.prior_of(part)
+            task = sample_batch(key, prior, part, self.mesh, first, effect_weight > 0)
+            if effect_weight:
+                task = ask_both_arms(task, task.query_t.shape[1] // 2)
 
-            def loss_of(params: nnx.State) -> tuple[jax.Array, jax.Array]:
+            def loss_of(params: nnx.State) -> tuple[jax.Array, Score]:
                 # Left to itself, the compiler would rather gather activations, which are larger.
                 params = jax.lax.with_sharding_constraint(params, self._gathered)
                 scored = score(nnx.merge(self.graphdef, params, state.constants), task)
-                return scored.total, scored.weight.sum()
+                if not effect_weight:
+                    return scored.total, scored
+                return scored.total + effect_weight * scored.effect_total, scored
 
-            (loss, rows), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+            (_, scored), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
             gradient = jax.lax.with_sharding_constraint(gradient, self.shardings.params)
-            return _Sums(loss, rows, (~task.valid).sum(), gradient)
+            return _Sums(scored.total, scored.weight.sum(), (~task.valid).sum(), gradient)
 
         if parts == 1:
             return of_part(0)
@@ -262,14 +275,24 @@ class Trainer:
 
     def _held_out(self, state: TrainState, shape: TableShape, name: str) -> dict[str, jax.Array]:
         key, prior = jax.random.key(_VALIDATION_SEED), self.config.prior_of(shape)
-        task = sample_batch(key, prior, shape, self.mesh)
-        scored = score(self.model(state), task)
-        rows = jnp.maximum(scored.weight.sum(axis=1), 1.0)
-        by_task = (scored.squared_error * scored.weight).sum(axis=1) / rows
-        return {
-            f"{name}_loss": scored.loss,
-            f"{name}_median_mse": jnp.nanmedian(jnp.where(task.valid, by_task, jnp.nan)),
+        observational = isinstance(prior, PriorConfig) and prior.target == "observational"
+        task = sample_batch(key, prior, shape, self.mesh, potential_outcomes=not observational)
+        rows = task.query_t.shape[1]
+        scored = score(self.model(state), task if observational else ask_both_arms(task, rows))
+
+        def median(errors: jax.Array) -> jax.Array:
+            weight = scored.weight[:, :rows]
+            by_task = (errors * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1.0)
+            return jnp.nanmedian(jnp.where(task.valid, by_task, jnp.nan))
+
+        asked = jax.tree.map(lambda values: values[:, :rows], scored)
+        metrics = {
+            f"{name}_loss": asked.loss,
+            f"{name}_median_mse": median(jnp.square(asked.error)),
         }
+        if not observational:
+            metrics[f"{name}_median_effect_mse"] = median(jnp.square(scored.effect_error))
+        return metrics
 
 
 @flax.struct.dataclass
@@ -302,6 +325,7 @@ def sample_batch(
     shape: TableShape,
     mesh: Mesh,
     first: jax.Array | int = 0,
+    potential_outcomes: bool = False,
 ) -> Task:
     """Tasks `first`, `first` + 1, ... of a batch, split over the mesh's data axis.
 
@@ -314,12 +338,42 @@ def sample_batch(
     def sample_local(key: jax.Array, first: jax.Array) -> Task:
         index = first + jax.lax.axis_index("data") * local + jnp.arange(local)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+        rows, context = shape.rows, shape.context
         if isinstance(prior, WidePriorConfig):
-            return sample_wide_tasks(keys, prior, shape.rows, shape.context, shape.covariates)
-        return sample_tasks(keys, prior, shape.rows, shape.context)
+            return sample_wide_tasks(
+                keys, prior, rows, context, shape.covariates, potential_outcomes
+            )
+        return sample_tasks(keys, prior, rows, context, potential_outcomes)
 
     sample = jax.shard_map(sample_local, mesh=mesh, in_specs=P(), out_specs=P("data"))
     return jax.jit(sample)(key, jnp.asarray(first))
+
+
+def ask_both_arms(task: Task, rows: int) -> Task:
+    """The last `rows` query rows, each asked under its `query_t` and then under the other arm.
+
+    Args:
+        task: a batch of tasks with their potential outcomes.
+        rows: R, at most M.
+
+    Returns:
+        A batch with 2 R query rows, of which i and i + R are the same unit, with the same noise.
+    """
+
+    def twice(values: jax.Array, others: jax.Array) -> jax.Array:
+        return jnp.concatenate([values[:, -rows:], others[:, -rows:]], axis=1)
+
+    other_t = jnp.where(task.query_mask, 1.0 - task.query_t, 0.0)
+    other_y = jnp.where(other_t > 0.5, task.y1, task.y0)
+    return dataclasses.replace(
+        task,
+        query_x=twice(task.query_x, task.query_x),
+        query_t=twice(task.query_t, other_t),
+        query_y=twice(task.query_y, other_y),
+        query_mask=twice(task.query_mask, task.query_mask),
+        y0=None,
+        y1=None,
+    )
 
 
 @flax.struct.dataclass
@@ -328,12 +382,14 @@ class Score:
 
     Attributes:
         log_likelihood: (B, M) of the targets.
-        squared_error: (B, M) of the mean.
+        error: (B, M) the mean less the target.
+        variance: (B, M) that the model predicts.
         weight: (B, M) 1, or 0 where the row or its task is masked.
     """
 
     log_likelihood: jax.Array
-    squared_error: jax.Array
+    error: jax.Array
+    variance: jax.Array
     weight: jax.Array
 
     @property
@@ -345,6 +401,28 @@ class Score:
     def loss(self) -> jax.Array:
         """Their mean, () (Do-PFN, Algorithm 1)."""
         return self.total / jnp.maximum(self.weight.sum(), 1.0)
+
+    @property
+    def effect_error(self) -> jax.Array:
+        """(B, M / 2) errors of the units' effects, for the queries of `ask_both_arms`.
+
+        The noise that a unit has under either treatment alike is in neither of them.
+        """
+        return self.error[:, : self.error.shape[1] // 2] - self.error[:, self.error.shape[1] // 2 :]
+
+    @property
+    def effect_total(self) -> jax.Array:
+        """Sum over rows of the Huber loss of the effects, in predicted standard deviations, ().
+
+        The unit is not trained by it, so that the conditional mean of the effect has the least
+        loss but for what lies beyond EFFECT_LIMIT.
+        """
+        half = self.error.shape[1] // 2
+        spread = jnp.sqrt((self.variance[:, :half] + self.variance[:, half:]) / 2)
+        errors = self.effect_error / jax.lax.stop_gradient(spread)
+        return (
+            2 * (optax.losses.huber_loss(errors, delta=EFFECT_LIMIT) * self.weight[:, :half]).sum()
+        )
 
 
 def answer(model: DoPFN, task: Task) -> tuple[jax.Array, Scaler]:
@@ -367,7 +445,8 @@ def score(model: DoPFN, task: Task) -> Score:
     limited = jnp.clip(target, -TARGET_LIMIT, TARGET_LIMIT)
     return Score(
         log_likelihood=prediction.log_prob(limited),
-        squared_error=(prediction.mean - target) ** 2,
+        error=prediction.mean - target,
+        variance=prediction.variance,
         weight=(task.query_mask & task.valid[:, None]).astype(jnp.float32),
     )
 

@@ -76,7 +76,7 @@ def test_finite_where_every_token_is_masked(attention: Attention, tokens):
 def test_keys_and_values_have_one_slice_per_head(attention: Attention, tokens):
     _, read, _ = tokens
     keys, values = attention.keys_values(jnp.asarray(read))
-    assert keys.shape == values.shape == (B, A, N, H, D // H)
+    assert keys.shape == values.shape == (B, A, H, D // H, N)
 
 
 def test_bfloat16_stays_close_and_keeps_its_parameters_in_float32(attention: Attention, tokens):
@@ -119,7 +119,8 @@ def test_the_fused_form_means_the_same():
     """With XLA in cuDNN's place: values and gradients; finite where all tokens are masked."""
     rng = np.random.default_rng(2)
     queries, keys, values = (
-        rng.normal(size=(B, A, rows, H, 8)).astype(np.float32) for rows in (M, N, N)
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((B, A, M, H, 8), (B, A, H, 8, N), (B, A, H, 8, N))
     )
     mask = np.array([[True, False, True, True, False], [False] * N])
     weight = rng.normal(size=queries.shape).astype(np.float32)

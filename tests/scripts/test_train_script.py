@@ -344,7 +344,7 @@ def test_the_cpu_preset_soon_beats_the_context_mean(tmp_path: Path) -> None:
     deviation = np.std(np.asarray(task.context_y), axis=1)  # this shape fills every context row
     naive = ((np.asarray(task.query_y) - mean[:, None]) / deviation[:, None]) ** 2
     ratios = [
-        np.asarray(scored.squared_error)[i][mask[i]].mean() / naive[i][mask[i]].mean()
+        np.square(scored.error)[i][mask[i]].mean() / naive[i][mask[i]].mean()
         for i in range(len(mask))
         if mask[i].any()
     ]

@@ -8,11 +8,20 @@ import optax
 import pytest
 from flax import nnx
 
-from dopfn_jax.config import Config, TableShape, preset_names
+from dopfn_jax.config import Config, ConfigError, TableShape, preset_names
 from dopfn_jax.prior import Task
 from dopfn_jax.sharding import MeshError
 from dopfn_jax.training.optimizer import make_optimizer
-from dopfn_jax.training.step import Trainer, TrainState, sample_batch, score, shape_of_step
+from dopfn_jax.training.step import (
+    EFFECT_LIMIT,
+    Score,
+    Trainer,
+    TrainState,
+    ask_both_arms,
+    sample_batch,
+    score,
+    shape_of_step,
+)
 
 
 def same_bits(a: object, b: object) -> bool:
@@ -119,6 +128,12 @@ def test_parts_must_divide_the_batch(trainer: Trainer) -> None:
     training = dataclasses.replace(trainer.config.training, accumulate=3)
     with pytest.raises(MeshError, match=r"8 tasks, .* times training.accumulate = 3 does not divi"):
         Trainer(dataclasses.replace(trainer.config, training=training), trainer.mesh)
+
+
+def test_an_observational_model_has_no_effects_to_train_on(trainer: Trainer) -> None:
+    config = Config.load("smoke", ["training.effect_weight=1", "prior.target=observational"])
+    with pytest.raises(ConfigError, match=r"training.effect_weight = 1.0: .*set it to 0"):
+        Trainer(config, trainer.mesh)
 
 
 def test_the_average_follows_the_parameters(
@@ -260,3 +275,57 @@ def test_smoke_overfits_one_task(
         losses.append(float(loss))
         params, opt_state = update(params, opt_state, gradient)
     assert losses[-1] < losses[0] - 1.0
+
+
+# --- Effects ---------------------------------------------------------------------------------
+
+
+def test_both_arms_are_asked_about_the_same_units(trainer: Trainer) -> None:
+    shape, rows = TableShape(rows=28, context=(8, 12), tasks=8), 7
+    prior = trainer.config.prior
+    task = sample_batch(jax.random.key(3), prior, shape, trainer.mesh, potential_outcomes=True)
+    asked = ask_both_arms(task, rows)
+    present = np.asarray(task.valid[:, None] & task.query_mask)[:, -rows:]
+    assert present.any()
+    np.testing.assert_array_equal(asked.query_x[:, :rows], task.query_x[:, -rows:])
+    np.testing.assert_array_equal(asked.query_x[:, rows:], task.query_x[:, -rows:])
+    np.testing.assert_array_equal(asked.query_t[:, :rows], task.query_t[:, -rows:])
+    np.testing.assert_array_equal((asked.query_t[:, :rows] + asked.query_t[:, rows:])[present], 1)
+    for half in (slice(rows), slice(rows, None)):
+        potential = np.where(asked.query_t[:, half] > 0.5, task.y1[:, -rows:], task.y0[:, -rows:])
+        np.testing.assert_array_equal(asked.query_y[:, half][present], potential[present])
+
+
+def test_the_effect_loss_is_of_differences_in_predicted_standard_deviations() -> None:
+    error = jnp.array([[0.5, 7.0, 3.0, 0.3, 7.0, 99.0]])
+    variance = jnp.array([[0.01, 1.0, 1.0, 0.03, 1.0, 1.0]])
+    weight = jnp.array([[1.0, 1.0, 0.0] * 2])
+    scored = Score(jnp.zeros((1, 6)), error, variance, weight)
+    np.testing.assert_allclose(scored.effect_error, [[0.2, 0.0, -96.0]], rtol=1e-6)
+    # The first pair's distributions have a mean variance of 0.02; the second errs alike in both
+    # arms; the third is masked. A pair stands for two rows.
+    assert float(scored.effect_total) == pytest.approx(2 * 0.5 * 0.2**2 / 0.02)
+    # Far out it grows linearly.
+    steps = [
+        float(dataclasses.replace(scored, error=error.at[0, 0].set(0.3 + by)).effect_total)
+        for by in (1.0, 2.0, 3.0)
+    ]
+    slope = 2 * EFFECT_LIMIT / np.sqrt(0.02)
+    np.testing.assert_allclose(np.diff(steps), slope, rtol=1e-4)
+
+
+def test_the_logged_loss_leaves_that_of_effects_out(
+    trainer: Trainer, fresh: Callable[..., TrainState]
+) -> None:
+    training = dataclasses.replace(trainer.config.training, effect_weight=1.0)
+    paired = Trainer(dataclasses.replace(trainer.config, training=training), trainer.mesh)
+    shape = training.shapes[0]
+    before = fresh()
+    after, metrics = paired.step(fresh(), shape)
+    key = jax.random.fold_in(before.key, 0)
+    task = sample_batch(key, trainer.config.prior, shape, trainer.mesh, potential_outcomes=True)
+    task = ask_both_arms(task, task.query_t.shape[1] // 2)
+    model = nnx.merge(trainer.graphdef, before.params, before.constants)
+    assert float(metrics.loss) == pytest.approx(float(nnx.jit(score)(model, task).loss), rel=1e-4)
+    other, _ = trainer.step(fresh(), shape)
+    assert not same_bits(after.params, other.params)
