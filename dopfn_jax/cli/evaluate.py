@@ -6,8 +6,9 @@ simulators), real (studies), rows and graphs (ablations: context rows, random gr
 Methods: dopfn or dopfn:<checkpoint name or folder>, which takes settings of DoPFNRegressor, as in
 dopfn:runs/cpu,n_estimators=4,transforms=none+quantile_y; mean, zero, diff_in_means; learners on the
 treatment as a covariate (linear, rf, histgb), one per arm (t_linear, t_rf, t_histgb), x_rf;
-linear_dml, causal_forest, causal_forest_tuned; standardisation, ipw; tabpfn, tabicl, causalpfn.
-With the true graph: scm, scm_counterfactual, dowhy, dowhy_counterfactual. The exact answer: floor.
+linear_dml, linear_dml_tuned, causal_forest, causal_forest_tuned; standardisation, ipw; tabpfn,
+tabicl, causalpfn. With the true graph: scm, scm_counterfactual, dowhy, dowhy_counterfactual. The
+exact answer: floor.
 
 Results are appended to OUTPUT/results.jsonl as they come; what it holds is not run again, so an
 interrupted command goes on where it stopped. A report is about all that it holds of each method's
@@ -41,7 +42,7 @@ QUICK_METHODS = (
 )  # fmt: skip
 QUICK_ABLATION_METHODS = ("dopfn", "mean", "zero", "linear", "rf", "histgb")
 # Searching for parameters takes as long as all others together.
-SLOW_METHODS = ("causal_forest_tuned",)
+SLOW_METHODS = ("linear_dml_tuned", "causal_forest_tuned")
 # Baselines that do not learn curves of interest are left out of the ablations.
 ABLATION_METHODS = ("dopfn", "mean", "zero", "linear", "rf", "histgb", "t_histgb", "x_rf")
 ABLATIONS = ("rows", "graphs")
@@ -108,9 +109,18 @@ def run(options: argparse.Namespace) -> None:
         for method, package in absent.items():
             print(f"{method}: absent, package {package!r} is not installed")
         print(summary(table))
+    commands = _remember(options.output / "commands.txt", _command(options))
     if options.report:
-        page = write_report(results, options.report, _command(options))
+        page = write_report(results, options.report, commands)
         print(f"wrote {page}", file=sys.stderr)
+
+
+def _remember(file: Path, command: str) -> str:
+    """All commands that have written to these results, of which this is the last."""
+    known = file.read_text().splitlines() if file.exists() else []
+    commands = [line for line in known if line != command] + [command]
+    file.write_text("".join(f"{line}\n" for line in commands))
+    return "\n".join(commands)
 
 
 def _command(options: argparse.Namespace) -> str:
@@ -121,7 +131,8 @@ def _command(options: argparse.Namespace) -> str:
         words += [f"--{name}", *getattr(options, name)] if getattr(options, name) else []
     for name in ("datasets", "seed"):
         words += [f"--{name} {getattr(options, name)}"] if getattr(options, name) else []
-    return " ".join([*words, "--report", options.report.name])
+    words += ["--report", options.report.name] if options.report else []
+    return " ".join(words)
 
 
 def summary(table: "pd.DataFrame") -> str:

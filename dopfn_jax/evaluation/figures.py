@@ -1,5 +1,6 @@
-"""Figures, all drawn from the saved table of scores (`report.read_scores`)."""
+"""Figures, all drawn from the saved tables (`report.write_tables`)."""
 
+import functools
 import importlib.util
 import zlib
 from collections.abc import Callable
@@ -24,16 +25,26 @@ LABELS = {
 _STUDIES = ("generated", "released")
 _UNCERTAINTY = {"entropy": "entropy", "nll": "cross-entropy\n(negative log-likelihood)"}
 _BINS = 6
+# Methods of a figure that has a panel for each.
+_MOST_PANELS = 6
 # Errors below this share of the range.
 _ROUNDING = 1e-7
 
 
-def draw_all(scores: pd.DataFrame, folder: Path) -> list[Path]:
-    """Writes every figure that the scores allow as <name>.png; returns the paths."""
+def draw_all(scores: pd.DataFrame, units: pd.DataFrame, folder: Path) -> list[Path]:
+    """Writes every figure that the tables allow as <name>.png; returns the paths.
+
+    Args:
+        scores: a row per dataset and method, as `report.read_scores` gives.
+        units: a row per unit and method, as `runner.read_units` gives.
+        folder: where to write; made if it is not there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    drawings = {name: functools.partial(draw, scores) for name, draw in FIGURES.items()}
+    drawings["units"] = functools.partial(unit_effects, units)
     paths = []
-    for name, draw in FIGURES.items():
-        figure = draw(scores)
+    for name, draw in drawings.items():
+        figure = draw()
         if figure is None:
             continue
         paths.append(folder / f"{name}.png")
@@ -133,6 +144,36 @@ def effects_scatter(scores: pd.DataFrame) -> "Figure | None":
             axes.set(xlim=(-1, 1), ylim=(-1, 1))
     figure.supxlabel("true average effect / range of y", fontsize=9)
     figure.supylabel("estimated (within -1 and 1)", fontsize=9)
+    return figure
+
+
+def unit_effects(units: pd.DataFrame) -> "Figure | None":
+    """Estimated effects of units of the real studies against their gold standards or truths."""
+    competitors = [name for name in _methods(units) if not sees_truth(name)]
+    # A method that says the same of everybody would be a line.
+    spread = units.groupby("method").estimate.nunique()
+    methods = [name for name in competitors if spread[name] > 1][:_MOST_PANELS]
+    if not methods:
+        return None
+    cases = sorted(units.case.unique())
+    figure = _figure(2.4 * len(methods), 2.4 * len(cases))
+    figure.set_layout_engine("constrained")
+    grid = figure.subplots(len(cases), len(methods), squeeze=False, sharex="row", sharey="row")
+    for case, row in zip(cases, grid, strict=True):
+        truth = units[units.case == case].truth
+        low, high = truth.min() - np.ptp(truth) / 2, truth.max() + np.ptp(truth) / 2
+        for method, axes in zip(methods, row, strict=True):
+            own = units[(units.case == case) & (units.method == method)]
+            axes.plot([low, high], [low, high], color="grey", linestyle=":")
+            axes.scatter(
+                own.truth, own.estimate.clip(low, high), s=8, alpha=0.6, color=_colour(method)
+            )
+            axes.tick_params(labelsize=7)
+            if case == cases[0]:
+                axes.set_title(method, fontsize=9)
+        row[0].set_ylabel(case, fontsize=9)
+    figure.supxlabel("gold standard or truth", fontsize=9)
+    figure.supylabel("estimate", fontsize=9)
     return figure
 
 

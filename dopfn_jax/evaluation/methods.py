@@ -194,10 +194,12 @@ def _x_learner(data: Dataset, seed: int) -> Answer:
     return _effects(learner.fit(data.y, data.t, X=data.x), data)
 
 
-def _linear_dml(data: Dataset, seed: int) -> Answer:
+def _linear_dml(data: Dataset, seed: int, tuned: bool = False) -> Answer:
     from econml.dml import LinearDML
 
-    learner = LinearDML(discrete_treatment=True, random_state=seed)
+    # EconML picks the nuisance models of a list by cross-validation.
+    models = {name: ["linear", "poly", "forest", "gbf"] for name in ("model_y", "model_t")}
+    learner = LinearDML(discrete_treatment=True, random_state=seed, **(models if tuned else {}))
     return _effects(learner.fit(data.y, data.t, X=data.x), data)
 
 
@@ -397,6 +399,7 @@ METHODS: dict[str, Method] = {
     "t_histgb": Method(_learner(_t_learner, "histgb")),
     "x_rf": Method(_x_learner, _ECONML),
     "linear_dml": Method(_linear_dml, _ECONML),
+    "linear_dml_tuned": Method(functools.partial(_linear_dml, tuned=True), _ECONML),
     "causal_forest": Method(_causal_forest, _ECONML),
     "causal_forest_tuned": Method(functools.partial(_causal_forest, tuned=True), _ECONML),
     "standardisation": Method(functools.partial(_adjust, weighting=False)),

@@ -8,10 +8,11 @@ from dopfn_jax.evaluation import real
 from dopfn_jax.evaluation.claims import check_claims
 from dopfn_jax.evaluation.methods import METHODS, sees_truth
 from dopfn_jax.evaluation.metrics import compare_methods
-from dopfn_jax.evaluation.runner import KEY, latest, read_records, read_table
+from dopfn_jax.evaluation.runner import KEY, latest, read_records, read_table, read_units
 from dopfn_jax.evaluation.suites import SUITES
 
 SCORES_FILE, MEDIANS_FILE, RUNS_FILE = "scores.csv", "medians.csv", "runs.csv"
+UNITS_FILE = "units.csv"
 # What is published of a suite, each with its unit; smaller is better.
 METRICS = {
     "cid": "CID, normalised MSE",
@@ -58,6 +59,8 @@ _CAPTIONS = {
     "ranks_cate": "Average ranks by CATE error.",
     "coverage": "Share of outcomes inside central intervals (PICP).",
     "effects": "Estimated against true average effects, a point per dataset.",
+    "units": "Estimated effects of single units against DoWhy's counterfactuals (Amazon sales, law "
+    "school) or the simulated truth (IHDP), in the outcome's units.",
     "rows": "Error against the number of context rows.",
     "nodes": "Error against the nodes of random graphs.",
     "edges": "Error against their edges.",
@@ -93,7 +96,8 @@ def write_report(results: Path, folder: Path, command: str = "", reference: str 
     if not any(True for _ in read_records(results)):
         raise ValueError(f"{results}: holds no results; run an evaluation first")
     write_tables(results, tables, reference)
-    figures = draw_all(read_scores(tables), folder / "figures")
+    units = pd.read_csv(tables / UNITS_FILE)
+    figures = draw_all(read_scores(tables), units, folder / "figures")
     page = folder / "results.md"
     page.write_text(_page(tables, figures, command))
     return page
@@ -105,7 +109,7 @@ def read_scores(tables: Path) -> pd.DataFrame:
 
 
 def write_tables(results: Path, folder: Path, reference: str = "dopfn") -> None:
-    """Writes scores, medians and versions as CSV, of each method's latest weights and seed.
+    """Writes scores, medians, versions and units as CSV, of each method's latest weights and seed.
 
     Arguments as for `write_report`.
     """
@@ -116,6 +120,8 @@ def write_tables(results: Path, folder: Path, reference: str = "dopfn") -> None:
     scores = scores[[*named, *sorted(set(map(str, scores)) - {*named, "seconds"})]]
     scores.to_csv(folder / SCORES_FILE, index=False, float_format="%.6g")
     _medians(scores, reference).to_csv(folder / MEDIANS_FILE, index=False, float_format="%.4g")
+    units = read_units(results).merge(scores[list(KEY)]).sort_values(list(KEY), kind="stable")
+    units.drop(columns=["seed", "sha256"]).to_csv(folder / UNITS_FILE, index=False)
     runs = pd.DataFrame(
         [
             {
@@ -158,7 +164,8 @@ def _page(tables: Path, figures: list[Path], command: str) -> str:
         *([f"```bash\n{command}\n```\n"] if command else []),
         "Made from the tables in `results/`: `scores.csv` holds every score of every dataset, with "
         "seed and checksum of the weights, `medians.csv` the medians with 95 % intervals of a "
-        "paired bootstrap over datasets, `runs.csv` the versions. Smaller is better throughout. "
+        "paired bootstrap over datasets, `units.csv` effects of single units of the real studies, "
+        "`runs.csv` the versions. Smaller is better throughout. "
         "Methods marked * see what a practitioner does not: the true graph, the unit's own "
         "outcome, or the exact answer.\n",
         _claims_section(scores),
@@ -211,6 +218,13 @@ def _runs_section(scores: pd.DataFrame, runs: pd.DataFrame) -> str:
         number = f"{counts.min()}" + (f" to {counts.max()}" if counts.nunique() > 1 else "")
         names = ", ".join(sorted(own.method.unique()))
         lines.append(f"| {suite}: {title} | {len(counts)} | {number} | {names} |")
+    if "fact_truth_error" in scores:
+        worst = scores.fact_truth_error.max()
+        lines.append(
+            f"\nExact answers (E[y | do(t), x] of the case studies' own SCMs) are computed with a "
+            f"numerical error of at most {worst:.1g} of the outcome's range, root mean square over "
+            "the rows of a dataset."
+        )
     lines.append("")
     weights = runs[runs.sha256 != ""].drop_duplicates(["method", "sha256"])
     lines += [

@@ -3,6 +3,7 @@
 import functools
 import json
 import multiprocessing
+import platform
 import random
 import time
 import warnings
@@ -13,12 +14,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from dopfn_jax.evaluation.datasets import Dataset
 from dopfn_jax.evaluation.methods import NotApplicable, checksum, find_method
-from dopfn_jax.evaluation.metrics import score
+from dopfn_jax.evaluation.metrics import Answer, score
 from dopfn_jax.evaluation.suites import Source
 from dopfn_jax.training.host import keep_compiled_programs
 
@@ -28,6 +30,8 @@ _PACKAGES = (
 )  # fmt: skip
 # What tells one answer from another.
 KEY = ("suite", "case", "dataset", "method", "seed", "sha256")
+# Units of a real study whose effects are kept beside the scores, for a figure.
+_UNITS = 100
 
 
 def run(
@@ -122,6 +126,16 @@ def read_table(path: Path) -> pd.DataFrame:
     return table.drop_duplicates(list(KEY), keep="last", ignore_index=True)
 
 
+def read_units(path: Path) -> pd.DataFrame:
+    """Effects of single units of real studies, as far as they are kept: truth and estimate."""
+    rows = [
+        {**{field: record[field] for field in KEY}, "truth": truth, "estimate": estimate}
+        for record in read_records(path)
+        for truth, estimate in record.get("units", [])
+    ]
+    return pd.DataFrame(rows, columns=[*KEY, "truth", "estimate"])
+
+
 def latest(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of each method's last weights and seed, of a table in the order of its file."""
     last = table.groupby("method")[["seed", "sha256"]].transform("last")
@@ -130,8 +144,8 @@ def latest(table: pd.DataFrame) -> pd.DataFrame:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of the packages that answers depend on, as far as they are installed."""
-    found = {}
+    """Versions of Python and of the packages that answers depend on, if they are installed."""
+    found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
@@ -187,19 +201,29 @@ def _answer(job: _Job) -> _Records:
         return _skip(job, _text(error))
     records = []
     for name in methods:
-        status, reason, scores, start = "ok", "", {}, time.monotonic()
+        status, reason, scores, units, start = "ok", "", {}, [], time.monotonic()
         try:
             if data.is_degenerate:
                 raise NotApplicable("the context has one treatment arm only")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # libraries' advice about such data
-                scores = score(data, find_method(name).answer(data, seed))
+                answer = find_method(name).answer(data, seed)
+                scores, units = score(data, answer), _unit_effects(data, answer)
         except NotApplicable as error:
             status, reason = "not applicable", str(error)
         except Exception as error:  # a library may fail in any way; the table says so
             status, reason = "failed", _text(error)
-        records.append(_record(job, name, status, reason, scores, time.monotonic() - start, data))
+        seconds = time.monotonic() - start
+        records.append(_record(job, name, status, reason, scores, units, seconds, data))
     return records
+
+
+def _unit_effects(data: Dataset, answer: Answer) -> list[list[float]]:
+    """Effect and estimate of the first units, of a study's first dataset, where both are known."""
+    if data.suite != "real" or data.number != 1 or data.effect is None or answer.cate is None:
+        return []
+    pairs = np.stack([data.effect, answer.cate], axis=1)[:_UNITS]
+    return [[float(f"{value:.5g}") for value in pair] for pair in pairs]
 
 
 def _skip(job: _Job, reason: str) -> _Records:
@@ -213,6 +237,7 @@ def _record(
     status: str,
     reason: str,
     scores: dict[str, float] | None = None,
+    units: list[list[float]] | None = None,
     seconds: float = 0.0,
     data: Dataset | None = None,
 ) -> dict[str, Any]:
@@ -229,6 +254,7 @@ def _record(
         "reason": reason,
         "seconds": round(seconds, 3),
         "scores": scores or {},
+        "units": units or [],
         "data": data.fingerprint if data is not None else "",
         "facts": data.facts if data is not None else {},
         "versions": versions(),

@@ -7,7 +7,13 @@ import pytest
 from dopfn_jax.evaluation.claims import check_claims
 from dopfn_jax.evaluation.figures import case_study_bars
 from dopfn_jax.evaluation.metrics import LEVELS
-from dopfn_jax.evaluation.report import MEDIANS_FILE, read_scores, write_report, write_tables
+from dopfn_jax.evaluation.report import (
+    MEDIANS_FILE,
+    UNITS_FILE,
+    read_scores,
+    write_report,
+    write_tables,
+)
 
 pytest.importorskip("matplotlib")
 
@@ -44,8 +50,11 @@ def results(tmp_path_factory):
             "graphs", "graphs", number, rows=100.0, nodes=4.0 + hidden, edges=float(number),
             effect_size=effect, hidden=float(hidden), confounded=float(hidden == 2),
         )  # fmt: skip
+    units = [[0.1 * k, 0.1 * k + 1] for k in range(9)]
+    study = {"suite": "real", "case": "ihdp_a", "method": "linear", "sha256": "", "units": units}
     broken = {"suite": "real", "case": "ihdp_a", "method": "rf", "sha256": "", "scores": {}}
     records.append(records[-1] | broken | {"status": "failed", "reason": "it broke", "facts": {}})
+    records.append(records[-2] | study)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -74,6 +83,13 @@ def test_the_page_shows_every_figure_and_the_checksum(report):
     assert all(f"figures/{name}" in page for name in figures)
     assert "abababab" in page
     assert "| floor * |" in page
+
+
+def test_units_of_real_studies_are_kept_and_drawn(report):
+    units = pd.read_csv(report / "results" / UNITS_FILE)
+    assert list(zip(units.case, units.method, strict=True)) == [("ihdp_a", "linear")] * 9
+    np.testing.assert_allclose(units.estimate - units.truth, 1)
+    assert (report / "figures" / "units.png").exists()
 
 
 def test_claims_are_decided_by_the_numbers(report):

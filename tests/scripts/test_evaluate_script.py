@@ -90,4 +90,13 @@ def test_a_report_of_two_simple_methods(tmp_path, capsys):
     page = (tmp_path / "docs" / "results.md").read_text()
     assert f"python scripts/evaluate.py {' '.join(command[:2])}" in page
     assert str(tmp_path) not in page
+    # What else has written to the same results is on the page too, each once.
+    other = ["--suites", "simulated", "--datasets", "1", "--methods", "mean"]
+    for arguments in (other, other, [*command, "--report", str(tmp_path / "docs")]):
+        assert evaluate(tmp_path, *arguments) == 0
+    lines = (tmp_path / "docs" / "results.md").read_text().partition("```bash\n")[2].splitlines()
+    assert [line.rpartition(" --")[0] for line in lines[:2]] == [
+        "python scripts/evaluate.py --suites simulated --methods mean",
+        "python scripts/evaluate.py --suites simulated --methods linear zero --datasets 1",
+    ]
     assert "| simulated: Simulators of the literature | 6 | 1 | linear, zero |" in page
