@@ -85,14 +85,16 @@ class Instruction:
         return found[1] if found else None
 
 
-def read_program(text: str, context: int) -> dict[str, Any]:
+def read_program(text: str, context: int, head_width: int) -> dict[str, Any]:
     """Arithmetic, traffic and collectives of one device in one run of a compiled program.
 
     Loops count as often as they run, which XLA's own cost analysis leaves out.
 
     Args:
         text: from `compiled.as_text()`.
-        context: size of the context axis; arrays of five axes that end in it are attention scores.
+        context: size of the context axis; arrays of five axes that end in it are attention scores,
+            or else, where the axis before is a head's width, keys and values.
+        head_width: that width.
 
     Returns:
         flops: of matrix products. bytes: read and written outside fusions, without attention
@@ -129,7 +131,8 @@ def read_program(text: str, context: int) -> dict[str, Any]:
                 if i.operation in ("dynamic-slice", "gather", "dynamic-update-slice"):
                     read = []
                 for array in [*i.arrays, *read]:
-                    scores = len(array[1]) == 5 and array[1][-1] == context
+                    ends = array[1][-2:] if len(array[1]) == 5 else ()
+                    scores = len(ends) == 2 and ends[1] == context and ends[0] != head_width
                     totals["score_bytes" if scores else "bytes"] += times * _size(array)
             trips = float(i.attribute(r'"known_trip_count":\{"n":"(\d+)"') or 1)
             for key in ("body", "calls", "to_apply"):
@@ -255,7 +258,7 @@ def measure(config: Config, shape: TableShape, mesh_text: str) -> dict[str, Any]
         "activation_bytes": activation_bytes(config, shape) / mesh.size,
         "state_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        **read_program(text, shape.context[1]),
+        **read_program(text, shape.context[1], config.model.width // config.model.heads),
     }
 
 

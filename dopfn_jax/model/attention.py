@@ -4,6 +4,8 @@ Axes: B tasks, A an axis along which tokens do not mix, N tokens that are read, 
 D width, H heads.
 """
 
+import math
+from functools import partial
 from typing import Literal
 
 import jax
@@ -17,6 +19,8 @@ KeysValues = tuple[jax.Array, jax.Array]
 # Added to the scores of tokens that do not exist. Fused kernels compute scores twice, and would
 # take the exponential of what the larger number leaves of their difference.
 _NEVER, _NEVER_FUSED = -1e30, -1e5
+# Scores of one device take at most so many floats at a time (256 MB).
+SCORES_AT_ONCE = 2**26
 # Widths of a head that cuDNN takes: multiples of 8, up to 128 before Hopper.
 _CUDNN_STEP, _CUDNN_WIDEST = 8, 128
 
@@ -90,6 +94,9 @@ def attend_by_scores(
 ) -> jax.Array:
     """Attention with the scores in memory: any platform, any dtype.
 
+    Where they would take more than SCORES_AT_ONCE, blocks of queries are answered one after
+    another, and once more in the backward pass.
+
     Args:
         queries: (B, A, M, H, D / H).
         keys: (B, A, H, D / H, N).
@@ -99,6 +106,24 @@ def attend_by_scores(
     Returns:
         (B, A, M, H, D / H).
     """
+    attend = partial(_attend_at_once, keys=keys, values=values, mask=mask)
+    tasks, across, rows, heads, width = queries.shape
+    devices = max(1, jax.sharding.get_abstract_mesh().size)
+    scores = tasks * across * heads * rows * keys.shape[-1]
+    blocks = min(rows, math.ceil(scores / (devices * SCORES_AT_ONCE)))
+    if blocks <= 1:
+        return attend(queries)
+    size = math.ceil(rows / blocks)
+    blocks = math.ceil(rows / size)
+    filled = jnp.pad(queries, ((0, 0), (0, 0), (0, blocks * size - rows), (0, 0), (0, 0)))
+    by_block = filled.reshape(tasks, across, blocks, size, heads, width)
+    answers = jax.lax.map(jax.checkpoint(attend), jnp.moveaxis(by_block, 2, 0))
+    return jnp.moveaxis(answers, 0, 2).reshape(filled.shape)[:, :, :rows]
+
+
+def _attend_at_once(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+) -> jax.Array:
     # Scaling the queries instead of the scores saves a pass over the largest array.
     queries = queries * (queries.shape[-1] ** -0.5)
     scores = jnp.einsum("bamhd,bahdn->bahmn", queries, keys).astype(jnp.float32)

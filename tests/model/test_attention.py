@@ -7,6 +7,7 @@ import pytest
 import scipy.special
 from flax import nnx
 
+from dopfn_jax.model import attention as attention_module
 from dopfn_jax.model.attention import Attention, attend_by_scores, attend_fused, uses_cudnn
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -142,3 +143,23 @@ def test_the_fused_form_means_the_same():
     np.testing.assert_allclose(out[0], expected[0], rtol=1e-4, atol=1e-5)
     for a, b in zip(jax.tree.leaves(have[1]), jax.tree.leaves(want[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_of_queries_give_the_same_answers_and_gradients(
+    attention: Attention, tokens, monkeypatch
+):
+    """Two queries have as many scores as are allowed at a time: the last block is filled up."""
+    _, read, mask = tokens
+
+    def total(attention, read):
+        out = attention(read, attention.keys_values(read), mask)
+        return (out * np.cos(np.arange(out.size)).reshape(out.shape)).sum(), out
+
+    def run():
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(attention, read)
+
+    want = run()
+    monkeypatch.setattr(attention_module, "SCORES_AT_ONCE", 2 * B * A * H * N)
+    assert N % 2 == 1
+    have = run()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), have, want)

@@ -34,7 +34,7 @@ def test_collectives_are_read_with_their_groups_and_loops() -> None:
 
 
 def read(text: str) -> list[dict]:
-    return read_program(text, context=0)["collectives"]
+    return read_program(text, context=0, head_width=0)["collectives"]
 
 
 def test_a_group_that_cannot_be_read_is_an_error() -> None:
@@ -47,7 +47,18 @@ def test_arithmetic_in_loops_counts_as_often_as_it_runs() -> None:
         return jax.lax.scan(lambda b, _: (jnp.tanh(b @ a), None), a, None, length=5)[0]
 
     text = jax.jit(powers).lower(jax.ShapeDtypeStruct((32, 32), jnp.float32)).compile().as_text()
-    assert read_program(text, context=0)["flops"] == 5 * 2 * 32**3
+    assert read_program(text, context=0, head_width=0)["flops"] == 5 * 2 * 32**3
+
+
+def test_scores_are_told_from_keys_by_the_width_of_a_head() -> None:
+    text = """
+ENTRY %main (keys: f32[1,1,2,8,16]) -> f32[1,1,2,4,16] {
+  %keys = f32[1,1,2,8,16]{4,3,2,1,0} parameter(0)
+  ROOT %scores = f32[1,1,2,4,16]{4,3,2,1,0} custom-call(%keys), custom_call_target="attend"
+}
+"""
+    found = read_program(text, context=16, head_width=8)
+    assert (found["score_bytes"], found["bytes"]) == (4 * 2 * 4 * 16, 4 * 2 * 8 * 16)
 
 
 def test_a_prediction_adds_collectives_to_the_slower_of_arithmetic_and_memory() -> None:
