@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dopfn_jax.config import ModelConfig
-from dopfn_jax.model.attention import SCORES_AT_ONCE
+from dopfn_jax.model.attention import scores_at_once
 from dopfn_jax.model.bar_distribution import BarDistribution
 from dopfn_jax.model.transformer import DoPFN, EncodedContext
 from dopfn_jax.predict import cid, encode, predict
@@ -180,7 +180,7 @@ def context_bytes(config: ModelConfig, rows: int, columns: int) -> int:
 def encoding_bytes(config: ModelConfig, rows: int, columns: int) -> int:
     """About the peak memory of encoding: scores and weights of attention, keys and values twice."""
     scores = config.heads * tokens_per_row(config, columns) * padded_rows(rows) ** 2
-    return 8 * min(scores, SCORES_AT_ONCE) + 2 * context_bytes(config, rows, columns)
+    return 8 * min(scores, scores_at_once()) + 2 * context_bytes(config, rows, columns)
 
 
 def padded_rows(rows: int) -> int:

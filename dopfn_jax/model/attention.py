@@ -19,8 +19,8 @@ KeysValues = tuple[jax.Array, jax.Array]
 # Added to the scores of tokens that do not exist. Fused kernels compute scores twice, and would
 # take the exponential of what the larger number leaves of their difference.
 _NEVER, _NEVER_FUSED = -1e30, -1e5
-# Scores of one device take at most so many floats at a time (256 MB).
-SCORES_AT_ONCE = 2**26
+# How many scores a device computes at a time: few enough for a CPU's cache (4 MB), or 256 MB.
+_SCORES_AT_ONCE = {"cpu": 2**20, "elsewhere": 2**26}
 # Widths of a head that cuDNN takes: multiples of 8, up to 128 before Hopper.
 _CUDNN_STEP, _CUDNN_WIDEST = 8, 128
 
@@ -89,13 +89,18 @@ def _platform() -> str:
     return "cuda" if on_cuda else platform
 
 
+def scores_at_once() -> int:
+    """How many attention scores a device of the default kind holds at a time."""
+    return _SCORES_AT_ONCE.get(_platform(), _SCORES_AT_ONCE["elsewhere"])
+
+
 def attend_by_scores(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 ) -> jax.Array:
     """Attention with the scores in memory: any platform, any dtype.
 
-    Where they would take more than SCORES_AT_ONCE, blocks of queries are answered one after
-    another, and once more in the backward pass.
+    Where there are more than `scores_at_once`, blocks of queries are answered one after another,
+    and once more in the backward pass.
 
     Args:
         queries: (B, A, M, H, D / H).
@@ -110,7 +115,7 @@ def attend_by_scores(
     tasks, across, rows, heads, width = queries.shape
     devices = max(1, jax.sharding.get_abstract_mesh().size)
     scores = tasks * across * heads * rows * keys.shape[-1]
-    blocks = min(rows, math.ceil(scores / (devices * SCORES_AT_ONCE)))
+    blocks = min(rows, math.ceil(scores / (devices * scores_at_once())))
     if blocks <= 1:
         return attend(queries)
     size = math.ceil(rows / blocks)
