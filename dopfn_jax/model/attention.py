@@ -115,9 +115,11 @@ def attend_by_scores(
     tasks, across, rows, heads, width = queries.shape
     devices = max(1, jax.sharding.get_abstract_mesh().size)
     scores = tasks * across * heads * rows * keys.shape[-1]
-    blocks = min(rows, math.ceil(scores / (devices * scores_at_once())))
-    if blocks <= 1:
+    most = devices * scores_at_once()
+    # An exported program does not know how many rows there will be: it computes all at once.
+    if not isinstance(scores, int) or scores <= most:
         return attend(queries)
+    blocks = min(rows, math.ceil(scores / most))
     size = math.ceil(rows / blocks)
     blocks = math.ceil(rows / size)
     filled = jnp.pad(queries, ((0, 0), (0, 0), (0, blocks * size - rows), (0, 0), (0, 0)))
