@@ -358,7 +358,12 @@ def ask_both_arms(task: Task, rows: int) -> Task:
 
     Returns:
         A batch with 2 R query rows, of which i and i + R are the same unit, with the same noise.
+
+    Raises:
+        ValueError: the tasks came without potential outcomes.
     """
+    if task.y0 is None or task.y1 is None:
+        raise ValueError("task.y0 is None: sample tasks with potential_outcomes=True")
 
     def twice(values: jax.Array, others: jax.Array) -> jax.Array:
         return jnp.concatenate([values[:, -rows:], others[:, -rows:]], axis=1)
