@@ -11,8 +11,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dopfn_jax.cells import Data, TableError
+from dopfn_jax.estimators.diagnostics import EXTREME_PROPENSITY, estimate_overlap
 from dopfn_jax.estimators.fitting import InContextEstimator
-from dopfn_jax.tables import Schema, check_order, read_treatment
+from dopfn_jax.estimators.views import random_part
+from dopfn_jax.tables import Schema, Table, check_order, read_treatment
 
 # Labels of subgroups: a column of the table, or one label per row (a mask, for example).
 By = str | int | Data
@@ -34,6 +36,11 @@ class EffectEstimator(InContextEstimator):
     estimate from half of the rows varies around that from all of them as that one varies around the
     truth: the delete-half jackknife of Shao and Wu, 1989. Unlike a bootstrap it shows the model no
     row twice.) With the default seed the halves are always the same.
+
+    Estimates that are drawn towards what the prior deems likely spread less than they err. So the
+    standard error of an average is never taken to be smaller than the semiparametric efficiency
+    bound of the ATE (Hahn, 1998), which holds for estimators without a prior: residuals, weighted
+    by the inverse probability of the treatment that the row had.
 
     What such an interval covers: how much the estimate would change had other units of the same
     population been observed. The rows asked about are held fixed. What it does not cover:
@@ -263,7 +270,22 @@ class EffectEstimator(InContextEstimator):
         rows = np.unique(np.concatenate(parts))
         effects, factor = self._resampled_effects(x[rows])
         averages = [effects[:, np.searchsorted(rows, part)].mean(axis=1) for part in parts]
-        return np.sqrt(factor) * np.std(averages, axis=1, ddof=1)
+        error = np.sqrt(factor) * np.std(averages, axis=1, ddof=1)
+        return np.maximum(error, self._efficient_error())
+
+    def _efficient_error(self) -> float:
+        """The bound below which no standard error is believed, in the units of y."""
+        generator = np.random.default_rng(self.random_state)
+        share = min(1.0, INTERVAL_ROWS / len(self.table_.t))
+        part = np.sort(random_part(self.table_.t, share, generator))
+        table = Table(*(column[part] for column in self.table_))
+        propensity = estimate_overlap(table).propensity
+        probability = np.where(table.t == 1, propensity, 1 - propensity)
+        expected = self._means(table.x, table.t, self._contexts).mean(axis=0)
+        residual = (table.y - expected) / probability.clip(EXTREME_PROPENSITY)
+        # Members that read different rows know more together.
+        rows = min(len(self.table_.t), sum(len(view.rows) for view in self.views_))
+        return float(self.schema_.outcome.scale * np.sqrt(np.mean(np.square(residual)) / rows))
 
     def _binary_effect_interval(
         self, x: NDArray[np.float32], alpha: float

@@ -56,6 +56,7 @@ class TestVocabulary:
         assert_same((high + low) / 2, fitted.cate())
         low, high = fitted.att_interval()
         error = effects[:, t == 1].mean(axis=1).std(ddof=1)
+        error = max(error, fitted._efficient_error())
         assert (high - low) / 2 == pytest.approx(1.959964 * error, rel=1e-4)
         low, high = fitted.effect_interval(X, T0=1, T1=t)
         assert ((high - low) > 0).tolist() == (t == 0).tolist()
