@@ -178,7 +178,7 @@ def _facts(data: dict[str, NDArray], meta: dict[str, Any]) -> dict[str, float]:
         "rows": float(len(data["y_obs"])),
         "effect_size": abs(float(np.mean(data["y1"] - data["y0"]))) / spread if spread else 0.0,
     }
-    if "cid_error" in data and spread:
+    if "cid_error" in data and "cid0" in data and spread:
         # Of the exact E[y | do(t), x] as it has been computed: over the range, as errors are.
         facts["truth_error"] = float(np.sqrt(np.mean(np.square(data["cid_error"])))) / spread
     if "edges" in meta:
