@@ -151,7 +151,7 @@ def unit_effects(units: pd.DataFrame) -> "Figure | None":
     """Estimated effects of units of the real studies against their gold standards or truths."""
     competitors = [name for name in _methods(units) if not sees_truth(name)]
     # A method that says the same of everybody would be a line.
-    spread = units.groupby("method").estimate.nunique()
+    spread = units.groupby(["method", "case"]).estimate.nunique().groupby("method").max()
     methods = [name for name in competitors if spread[name] > 1][:_MOST_PANELS]
     if not methods:
         return None
@@ -160,14 +160,13 @@ def unit_effects(units: pd.DataFrame) -> "Figure | None":
     figure.set_layout_engine("constrained")
     grid = figure.subplots(len(cases), len(methods), squeeze=False, sharex="row", sharey="row")
     for case, row in zip(cases, grid, strict=True):
-        truth = units[units.case == case].truth
-        low, high = truth.min() - np.ptp(truth) / 2, truth.max() + np.ptp(truth) / 2
+        shown = units[(units.case == case) & units.method.isin(methods)]
+        ends = shown[["truth", "estimate"]].to_numpy()
+        low, high = ends.min(), ends.max()
         for method, axes in zip(methods, row, strict=True):
             own = units[(units.case == case) & (units.method == method)]
             axes.plot([low, high], [low, high], color="grey", linestyle=":")
-            axes.scatter(
-                own.truth, own.estimate.clip(low, high), s=8, alpha=0.6, color=_colour(method)
-            )
+            axes.scatter(own.truth, own.estimate, s=8, alpha=0.6, color=_colour(method))
             axes.tick_params(labelsize=7)
             if case == cases[0]:
                 axes.set_title(method, fontsize=9)
