@@ -314,6 +314,7 @@ def test_the_effect_loss_is_of_differences_in_predicted_standard_deviations() ->
     np.testing.assert_allclose(np.diff(steps), slope, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_loss_of_effects_is_in_the_gradient_but_not_in_the_log(
     trainer: Trainer, fresh: Callable[..., TrainState]
 ) -> None:
