@@ -21,7 +21,7 @@ from dopfn_jax.model.embedding import OutcomeEmbedding as Outcome
 from dopfn_jax.model.embedding import RowEmbedding as Row
 from dopfn_jax.model.standardise import LINEAR_RANGE
 from dopfn_jax.prior import Task
-from dopfn_jax.training.step import TARGET_LIMIT
+from dopfn_jax.training.score import TARGET_LIMIT
 
 # Median of |Z| for a standard normal Z: a tail's scale is its bucket's width over it.
 _HALF_NORMAL_MEDIAN = 0.6744897501960817

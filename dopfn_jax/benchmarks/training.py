@@ -22,7 +22,8 @@ from dopfn_jax.prior import Task
 from dopfn_jax.sharding import make_mesh
 from dopfn_jax.training import step as step_module
 from dopfn_jax.training.flops import measured_peak, model_flops
-from dopfn_jax.training.step import Metrics, Trainer, TrainState, answer, score
+from dopfn_jax.training.score import answer, score
+from dopfn_jax.training.step import Metrics, Trainer, TrainState
 
 FUSED, AS_CONFIGURED = "dopfn_jax, fused", "dopfn_jax, fused, as configured"
 CONSTANT, UNFUSED = "dopfn_jax, constant batch", "dopfn_jax, NumPy prior on the host"

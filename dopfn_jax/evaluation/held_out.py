@@ -24,7 +24,7 @@ from dopfn_jax.evaluation.generated import STUDIES, write_dataset
 from dopfn_jax.evaluation.metrics import Answer, compare_methods, score
 from dopfn_jax.model.transformer import DoPFN
 from dopfn_jax.prior import sample_tasks
-from dopfn_jax.training.step import answer
+from dopfn_jax.training.score import answer
 from dopfn_jax.wide.task import sample_wide_tasks
 
 CONTEXT_ROWS = (16, 64, 256, 1024)

@@ -18,7 +18,7 @@ from dopfn_jax.benchmarks.timing import Contender, Laps, fitted_exponent, race, 
 from dopfn_jax.config import ModelConfig, PriorConfig, TableShape
 from dopfn_jax.model.transformer import DoPFN
 from dopfn_jax.prior import Task, sample_tasks
-from dopfn_jax.training.step import score
+from dopfn_jax.training.score import score
 from scripts.benchmark import main
 
 # The devices' meshes take as long to compile as all the others together; see the last test.

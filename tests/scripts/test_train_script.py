@@ -22,7 +22,8 @@ from dopfn_jax.checkpoints import from_pretrained
 from dopfn_jax.config import Config
 from dopfn_jax.sharding import make_mesh
 from dopfn_jax.training.run_directory import RunDirectory, RunDirectoryError
-from dopfn_jax.training.step import Trainer, sample_batch, score
+from dopfn_jax.training.score import score
+from dopfn_jax.training.step import Trainer, sample_batch
 from scripts.train import main
 
 REPOSITORY = Path(__file__).parents[2]

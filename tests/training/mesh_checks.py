@@ -27,7 +27,8 @@ from dopfn_jax.prior import Task
 from dopfn_jax.scm.noise import NOISE_FAMILIES
 from dopfn_jax.sharding import MeshError, make_mesh, parse_mesh
 from dopfn_jax.training import step as step_module
-from dopfn_jax.training.step import Trainer, TrainState, sample_batch, score
+from dopfn_jax.training.score import score
+from dopfn_jax.training.step import Trainer, TrainState, sample_batch
 from scripts.train import main
 
 SHAPE = TableShape(rows=20, context=(6, 12), tasks=8)

@@ -23,7 +23,7 @@ from dopfn_jax.model.standardise import Scaler
 from dopfn_jax.model.transformer import DoPFN
 from dopfn_jax.prior import Task
 from dopfn_jax.training.optimizer import make_optimizer
-from dopfn_jax.training.step import answer, score
+from dopfn_jax.training.score import answer, score
 
 EFFECT = 2.0
 TASKS, CONTEXT, QUERIES = 32, 12, 8

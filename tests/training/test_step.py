@@ -12,16 +12,8 @@ from dopfn_jax.config import Config, ConfigError, TableShape, preset_names
 from dopfn_jax.prior import Task
 from dopfn_jax.sharding import MeshError
 from dopfn_jax.training.optimizer import make_optimizer
-from dopfn_jax.training.step import (
-    EFFECT_LIMIT,
-    Score,
-    Trainer,
-    TrainState,
-    ask_both_arms,
-    sample_batch,
-    score,
-    shape_of_step,
-)
+from dopfn_jax.training.score import EFFECT_LIMIT, Score, ask_both_arms, score
+from dopfn_jax.training.step import Trainer, TrainState, sample_batch, shape_of_step
 
 
 def same_bits(a: object, b: object) -> bool:
