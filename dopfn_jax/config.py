@@ -202,6 +202,8 @@ class WidePriorConfig:
         "skewed",
         "count",
     )
+    # Share of tasks whose outcome is multiplied by -1, so that effects are as often negative.
+    mirrored_share: float = 0.5
     # Standard deviation of the outcome's noise, as a multiple of its signal's: log-uniform.
     noise_ratio: tuple[float, float] = (0.02, 4.0)
     heteroscedastic_share: float = 0.3
@@ -224,6 +226,7 @@ class WidePriorConfig:
             "hidden_share",
             "post_treatment_share",
             "prognostic_share",
+            "mirrored_share",
             "heteroscedastic_share",
             "missing_share",
             "duplicate_share",
@@ -288,6 +291,8 @@ class TableShape:
     # Columns of a table of the wide prior: log-uniform in this closed interval. (0, 0): the table
     # comes from the paper's prior, which has its own numbers.
     covariates: tuple[int, int] = (0, 0)
+    # Not drawn before this step of a run: short tables teach more in the same time at first.
+    first_step: int = 0
 
     @property
     def wide(self) -> bool:
@@ -303,6 +308,7 @@ class TableShape:
             f"needs 2 <= low <= high < rows = {self.rows} (at least one query row)",
         )
         _require_at_least(self, 1, "tasks")
+        _require_at_least(self, 0, "first_step")
         _require_positive(self, "weight")
         fewest, most = self.covariates
         _require(
@@ -356,7 +362,12 @@ class TrainingConfig:
                 f"needs two query rows or more, but a shape has {shape.rows} rows, of which "
                 f"{shape.context[0]} are context",
             )
-        _require(len(self.shapes) > 0, "shapes", self.shapes, "give at least one table shape")
+        _require(
+            any(shape.first_step == 0 for shape in self.shapes),
+            "shapes",
+            self.shapes,
+            "give at least one table shape whose first_step is 0",
+        )
         _require_share(self, "final_learning_rate_share")
         _require(
             0 <= self.ema_decay < 1,

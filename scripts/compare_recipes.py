@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-    from dopfn_jax.config import Config
+    from dopfn_jax.config import Config, TableShape
 
 _ONE_SHAPE = "training.shapes=[{ rows = 512, context = [10, 500], tasks = 8 }]"
 # Overrides of the preset `cpu`, and what each asks.
@@ -39,6 +39,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
         "tokens of four covariates, narrower",
         ("model.features_per_token=4", "model.width=80"),
     ),
+    "no_regressions": ("no ridge regressions as inputs", ("model.linear_fit=false",)),
     "narrow": ("width 96", ("model.width=96",)),
     "wide": ("width 192, 4 layers", ("model.width=192", "model.layers=4")),
     "deep": ("width 96, 10 layers", ("model.width=96", "model.layers=10")),
@@ -48,6 +49,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "adamw_slow": ("AdamW at 3e-4", ("training.optimizer=adamw", "training.learning_rate=3e-4")),
     "half_rate": ("Muon at half the rate", ("training.learning_rate=1e-3",)),
     "double_rate": ("Muon at twice the rate", ("training.learning_rate=4e-3",)),
+    "effects": ("both potential outcomes, a loss of effects", ("training.effect_weight=1.0",)),
     "no_average": ("no averaging of weights", ("training.ema_decay=0.0",)),
     "100_buckets": ("100 buckets", ("model.buckets=100",)),
     "1000_buckets": ("1,000 buckets", ("model.buckets=1000",)),
@@ -130,10 +132,9 @@ def train_recipe(name: str, minutes: float, folder: Path, overrides: Sequence[st
     config, mesh = Config.load(_CONFIG, [*RECIPES[name][1], *overrides]), make_mesh(None)
     plan = folder / "plan.json"
     if not plan.exists():
-        seconds = seconds_per_step(config)
+        steps, seconds = steps_within(60 * minutes, config)
         folder.mkdir(parents=True, exist_ok=True)
-        steps = max(1, round(60 * minutes / seconds))
-        plan.write_text(json.dumps({"steps": steps, "cpu_seconds_per_step": seconds}))
+        plan.write_text(json.dumps({"steps": steps, "cpu_seconds_per_step": seconds / steps}))
     planned = json.loads(plan.read_text())
     training = dataclasses.replace(config.training, steps=planned["steps"])
     train(dataclasses.replace(config, training=training), folder / "run", mesh, resume=True)
@@ -149,26 +150,33 @@ def train_recipe(name: str, minutes: float, folder: Path, overrides: Sequence[st
     (folder / _RESULT_FILE).write_text(json.dumps(result, indent=2))
 
 
-def seconds_per_step(config: "Config", repetitions: int = 3) -> float:
-    """Mean CPU seconds of a step over the draws of its shape; compilation is left out."""
+def steps_within(budget: float, config: "Config", repetitions: int = 3) -> tuple[int, float]:
+    """How many steps a budget of CPU seconds pays for, at least 1, and what they should take.
+
+    Every shape is timed when it is first drawn; compilation is left out.
+    """
     import jax
 
     from dopfn_jax.sharding import make_mesh
-    from dopfn_jax.training.step import Trainer
+    from dopfn_jax.training.step import Trainer, shape_of_step
 
     trainer = Trainer(config, make_mesh(None))
     state = trainer.init()
-    total = weight = 0.0
-    for shape in config.training.shapes:
-        state, _ = trainer.step(state, shape)
-        jax.block_until_ready(state)
-        start = time.process_time()
-        for _ in range(repetitions):
+    cost: dict[TableShape, float] = {}
+    steps, seconds = 0, 0.0
+    while seconds < budget:
+        shape = shape_of_step(config.training.shapes, config.training.seed, steps)
+        if shape not in cost:
             state, _ = trainer.step(state, shape)
-        jax.block_until_ready(state)
-        total += shape.weight * (time.process_time() - start) / repetitions
-        weight += shape.weight
-    return total / weight
+            jax.block_until_ready(state)
+            start = time.process_time()
+            for _ in range(repetitions):
+                state, _ = trainer.step(state, shape)
+            jax.block_until_ready(state)
+            cost[shape] = (time.process_time() - start) / repetitions
+        seconds += cost[shape]
+        steps += 1
+    return steps, seconds
 
 
 def compare(recipes: Sequence[str], output: Path, data: Path | None) -> "pd.DataFrame":

@@ -1,4 +1,4 @@
-"""Draws the curves of training runs: loss, validation, learning rate, throughput.
+"""Draws the curves of training runs: loss, validation, learning rate, throughput, case studies.
 
 Needs matplotlib. Example:
     python scripts/plot_run.py runs/cpu runs/wide --output runs.png --csv runs.csv
@@ -9,8 +9,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Panels: what they show, and the first of these columns that a run has.
 PANELS = (
@@ -67,14 +71,21 @@ def read_log(path: Path) -> pd.DataFrame:
 
 
 def draw(log: pd.DataFrame, output: Path) -> None:
-    """One panel for each of PANELS, one line for each run of `read_log`."""
+    """One panel for each of PANELS, one line for each run of `read_log`.
+
+    Runs that were scored as they went (--evaluate-every) get two more panels, one line a case.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
-    for axis, (title, columns) in zip(axes.flat, PANELS, strict=True):
+    scored = any(str(name).startswith("cid/") for name in log)
+    rows = 3 if scored else 2
+    figure, axes = plt.subplots(
+        rows, 2, figsize=(10, 3.5 * rows), sharex=True, layout="constrained"
+    )
+    for axis, (title, columns) in zip(axes.flat, PANELS, strict=False):
         for name, run in log.groupby("run", sort=False):
             present = [column for column in columns if column in run]
             if not present:
@@ -83,15 +94,31 @@ def draw(log: pd.DataFrame, output: Path) -> None:
             values = points[present[0]]
             if "training" in title:
                 values = values.rolling(min(SMOOTHING, len(values)), min_periods=1).mean()
-            marker = "." if len(values) < 2 else None
-            axis.plot(points["step"], values, label=str(name), marker=marker, linewidth=1.2)
+            _line(axis, points["step"], values, str(name))
         axis.set_title(title)
+    for axis, task in zip(axes.flat[len(PANELS) :], ("cid", "cate"), strict=False):
+        cases = [str(name) for name in log if str(name).startswith(f"{task}/")]
+        for _, run in log.groupby("run", sort=False):
+            for case in cases:
+                points = run[["step", case]].dropna()
+                if len(points):
+                    _line(axis, points["step"], points[case], case.removeprefix(f"{task}/"))
+        axis.set_title(f"{task.upper()}: median error of each case study")
+        axis.set_yscale("log")
+    for axis in axes.flat:
         axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set_xlabel("step")
     axes.flat[0].legend()
+    if scored:
+        axes.flat[-1].legend(fontsize="x-small")
     figure.savefig(output, dpi=150)
     plt.close(figure)
+
+
+def _line(axis: "Axes", steps: pd.Series, values: pd.Series, label: str) -> None:
+    marker = "." if len(values) < 2 else None
+    axis.plot(steps, values, label=label, marker=marker, linewidth=1.2)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ EVERYTHING = Config(
         effect_size=(0.1, 0.2),
         links=("tanh",),
         outcome_kinds=("binary",),
+        mirrored_share=0.3,
         noise_ratio=(1.0, 1.5),
         heteroscedastic_share=0.5,
         missing_share=0.0,
@@ -69,7 +70,7 @@ EVERYTHING = Config(
     training=TrainingConfig(
         steps=7,
         seed=3,
-        shapes=(TableShape(20, (2, 5), 3), TableShape(40, (6, 39), 1, 0.5, (2, 7))),
+        shapes=(TableShape(20, (2, 5), 3), TableShape(40, (6, 39), 1, 0.5, (2, 7), 9)),
         effect_weight=0.5,
         accumulate=2,
         optimizer="muon",
@@ -222,6 +223,12 @@ def test_a_case_study_fixes_the_sizes_of_the_arrays():
         ({"training": {"clip_norm": float("inf")}}, "training.clip_norm", "inf", "finite"),
         ({"training": {"ema_decay": 1.0}}, "training.ema_decay", "1.0", "below 1"),
         ({"training": {"shapes": []}}, "training.shapes", "()", "at least one"),
+        (
+            {"training": {"shapes": [SHAPE | {"first_step": 5}]}},
+            "training.shapes",
+            "first_step=5",
+            "whose first_step is 0",
+        ),
         (
             {"training": {"shapes": [SHAPE, SHAPE | {"context": [5, 30]}]}},
             "training.shapes[1].context",

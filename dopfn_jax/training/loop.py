@@ -271,6 +271,7 @@ class _Window:
             "mean_loss": float(np.mean(self._losses)),
             "masked_tasks": self._masked,
             "skipped": self._skipped,
+            "seconds": seconds,
             "tasks_per_second": self._tasks / seconds,
             "rows_per_second": self._rows / seconds,
             "model_flops_per_second": self._flops / seconds,

@@ -347,6 +347,6 @@ def sample_batch(
 
 def shape_of_step(shapes: tuple[TableShape, ...], seed: int, step: int) -> TableShape:
     """The shape of step k: a draw by weight that depends on (seed, k) alone."""
-    weights = np.array([shape.weight for shape in shapes])
+    weights = np.array([shape.weight * (shape.first_step <= step) for shape in shapes])
     draw = np.random.default_rng((seed, step)).random()
     return shapes[int(np.searchsorted(np.cumsum(weights / weights.sum())[:-1], draw, side="right"))]

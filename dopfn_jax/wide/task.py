@@ -154,8 +154,11 @@ def sample_wide_task(
     def standardised_outcome(t: jax.Array) -> jax.Array:
         return (signal(t) + disturbance - location) / deviation
 
+    # Most mechanisms lean to one side (squares, exponentials, counts), mirrored ones to the other.
+    side = jnp.where(draws["outcome_mirror"] < prior.mirrored_share, -1.0, 1.0)
+
     def outcome(t: jax.Array) -> jax.Array:
-        return apply(
+        return side * apply(
             OUTCOME_KINDS,
             prior.outcome_kinds,
             pick(draws["outcome_kind"], prior.outcome_kinds),
@@ -232,6 +235,7 @@ _TASK_DRAWS = (
     "outcome_kind",
     "outcome_u",
     "outcome_v",
+    "outcome_mirror",
     "context_rows",
     "has_duplicates",
     "has_missing",

@@ -9,13 +9,13 @@ from scripts.plot_run import main
 pytest.importorskip("matplotlib")
 
 
-def write_log(folder: Path, steps: int) -> Path:
+def write_log(folder: Path, steps: int, **scores: float) -> Path:
     folder.mkdir()
     lines = [
         {"step": k, "mean_loss": 1 / k, "learning_rate": 1e-3, "tasks_per_second": 5.0}
         for k in range(1, steps + 1)
     ]
-    lines[-1]["validation_loss"] = 0.25
+    lines[-1] |= {"validation_loss": 0.25} | scores
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text + '{"step": 99, "lo')  # still being written
     return folder
@@ -29,6 +29,17 @@ def test_runs_become_one_figure_and_one_table(tmp_path: Path) -> None:
     log = pd.read_csv(table)
     assert log.groupby("run").step.max().to_dict() == dict(zip(runs, (3, 5), strict=True))
     assert log.validation_loss.notna().sum() == 2
+
+
+def test_case_studies_get_panels_of_their_own(tmp_path: Path) -> None:
+    plain = write_log(tmp_path / "plain", 3)
+    scored = write_log(tmp_path / "scored", 3, **{"cid/backdoor": 0.1, "cate/backdoor": 0.2})
+    panels = {}
+    for runs in ([plain], [plain, scored]):
+        figure = tmp_path / "runs.svg"
+        assert main([*map(str, runs), "--output", str(figure)]) == 0
+        panels[len(runs)] = figure.read_text().count('id="axes_')
+    assert panels == {1: 4, 2: 6}
 
 
 def test_what_cannot_be_drawn_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,6 +58,7 @@ def test_rates_are_those_of_the_same_seconds() -> None:
     by_task = model_flops(config, SHAPE) / 8
     assert line["model_flops_per_second"] == pytest.approx(by_task * line["tasks_per_second"])
     assert line["utilisation"] == pytest.approx(line["model_flops_per_second"] / 1e9)
+    assert line["seconds"] * line["tasks_per_second"] == pytest.approx(2 * SHAPE.tasks)
 
 
 def test_what_is_left_out_of_the_rates_leaves_the_time_before_it_in() -> None:

@@ -52,6 +52,13 @@ def test_the_shape_is_a_function_of_seed_and_step_alone() -> None:
     assert forwards != [shape_of_step(SHAPES, 8, step) for step in range(50)]
 
 
+def test_a_shape_waits_for_its_first_step() -> None:
+    late = dataclasses.replace(SHAPES[2], first_step=30)
+    draws = [shape_of_step((*SHAPES[:2], late), 0, step) for step in range(100)]
+    assert late not in draws[:30]
+    assert late in draws[30:]
+
+
 # --- The fused step --------------------------------------------------------------------------
 
 

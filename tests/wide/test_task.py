@@ -28,6 +28,7 @@ PLAIN = WidePriorConfig(
     outcome_kinds=("continuous",),
     missing_share=0.0,
     duplicate_share=0.0,
+    mirrored_share=0.0,
 )
 ROWS, CONTEXT, COVARIATES = 96, (40, 64), (2, 6)
 
@@ -103,6 +104,14 @@ def test_effects_are_constant_or_zero_where_the_config_says_so():
     np.testing.assert_allclose(np.nanstd(constant, axis=1), 0.0, atol=1e-5)
     assert np.nanmean(np.abs(constant)) > 0.05
     np.testing.assert_array_equal(tasks(THRESHOLDED).y0, tasks(THRESHOLDED).y1)
+
+
+def test_a_mirrored_outcome_changes_its_sign_and_nothing_else():
+    plain, mirrored = tasks(PLAIN), tasks(dataclasses.replace(PLAIN, mirrored_share=1.0))
+    for name in ("context_y", "query_y", "y0", "y1"):
+        np.testing.assert_array_equal(getattr(plain, name), -getattr(mirrored, name))
+    for name in ("context_x", "context_t", "query_x", "query_t"):
+        np.testing.assert_array_equal(getattr(plain, name), getattr(mirrored, name))
 
 
 def test_effects_of_the_full_prior_are_zero_constant_and_varying():
