@@ -38,9 +38,12 @@ class EffectEstimator(InContextEstimator):
     row twice.) With the default seed the halves are always the same.
 
     Estimates that are drawn towards what the prior deems likely spread less than they err. So the
-    standard error of an average is never taken to be smaller than the semiparametric efficiency
-    bound of the ATE (Hahn, 1998), which holds for estimators without a prior: residuals, weighted
-    by the inverse probability of the treatment that the row had.
+    standard error of an average is never taken to be smaller than either of two numbers about the
+    residuals, weighted by the inverse probability of the treatment that the row had: their root
+    mean square over the root of the rows, which is the semiparametric efficiency bound of the ATE
+    (Hahn, 1998) and holds for estimators without a prior; and the difference between their means
+    in the two arms, by which a doubly robust estimator (Robins, Rotnitzky and Zhao, 1994) would
+    correct the estimate.
 
     What such an interval covers: how much the estimate would change had other units of the same
     population been observed. The rows asked about are held fixed. What it does not cover:
@@ -271,21 +274,22 @@ class EffectEstimator(InContextEstimator):
         effects, factor = self._resampled_effects(x[rows])
         averages = [effects[:, np.searchsorted(rows, part)].mean(axis=1) for part in parts]
         error = np.sqrt(factor) * np.std(averages, axis=1, ddof=1)
-        return np.maximum(error, self._efficient_error())
+        return np.maximum(error, self._least_error())
 
-    def _efficient_error(self) -> float:
-        """The bound below which no standard error is believed, in the units of y."""
+    def _least_error(self) -> float:
+        """The number below which no standard error of an average is believed, in units of y."""
         generator = np.random.default_rng(self.random_state)
         share = min(1.0, INTERVAL_ROWS / len(self.table_.t))
         part = np.sort(random_part(self.table_.t, share, generator))
         table = Table(*(column[part] for column in self.table_))
         propensity = estimate_overlap(table).propensity
-        probability = np.where(table.t == 1, propensity, 1 - propensity)
+        probability = np.where(table.t == 1, propensity, 1 - propensity).clip(EXTREME_PROPENSITY)
         expected = self._means(table.x, table.t, self._contexts).mean(axis=0)
-        residual = (table.y - expected) / probability.clip(EXTREME_PROPENSITY)
+        residual = np.where(table.t == 1, 1, -1) * (table.y - expected) / probability
         # Members that read different rows know more together.
         rows = min(len(self.table_.t), sum(len(view.rows) for view in self.views_))
-        return float(self.schema_.outcome.scale * np.sqrt(np.mean(np.square(residual)) / rows))
+        efficient = np.sqrt(np.mean(np.square(residual)) / rows)
+        return float(self.schema_.outcome.scale * max(efficient, abs(residual.mean())))
 
     def _binary_effect_interval(
         self, x: NDArray[np.float32], alpha: float
