@@ -63,19 +63,6 @@ class TestVocabulary:
         both = fitted.ate_interval(by=np.zeros(ROWS))
         assert both.loc[0].tolist() == pytest.approx(fitted.ate_interval(), rel=1e-6)
 
-    def test_an_average_is_no_surer_than_its_doubly_robust_correction(self, checkpoint) -> None:
-        X, t, y = table()
-        # An effect that an untrained network does not see.
-        model = DoPFNRegressor(checkpoint, n_resamples=4).fit(X, t, y + 20 * t)
-        propensity = model.overlap().propensity
-        residual = y + 20 * t - model.predict(X, t)
-        in_arms = [
-            np.mean((t == arm) * residual / np.maximum(share, 0.05))
-            for arm, share in ((1, propensity), (0, 1 - propensity))
-        ]
-        low, high = model.ate_interval(alpha=0.1)
-        assert (high - low) / 2 == pytest.approx(1.644854 * abs(in_arms[0] - in_arms[1]), rel=1e-4)
-
     @pytest.mark.parametrize(
         ("by", "message"),
         [

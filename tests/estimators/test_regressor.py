@@ -1,10 +1,6 @@
 import dataclasses
 import io
-import json
-import math
-import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import jax
@@ -21,9 +17,8 @@ from dopfn_jax.checkpoints import (
     checkpoint_names,
     save_checkpoint,
 )
-from dopfn_jax.estimators import DoPFNRegressor, archive, effects, inference
+from dopfn_jax.estimators import DoPFNRegressor, inference
 from dopfn_jax.estimators.inference import padded_rows, power_of_two
-from dopfn_jax.estimators.views import random_part
 from dopfn_jax.model.bar_distribution import BarDistribution
 from dopfn_jax.predict import cate, encode
 from tests.estimators.small import COVARIATES, ROWS, assert_same, table
@@ -156,164 +151,6 @@ class TestAnswers:
             inference.jitted_encode._cache_size(),
             inference.jitted_predict._cache_size(),
         )
-
-
-class TestInterval:
-    def test_is_centred_deterministic_and_wider_for_more_confidence(self, fitted) -> None:
-        low, high = fitted.ate_interval()
-        assert (low + high) / 2 == pytest.approx(fitted.ate(), rel=1e-6)
-        assert high - low > 1e-3
-        assert fitted.ate_interval(table()[0]) == (low, high)
-        lower, higher = fitted.ate_interval(alpha=0.01)
-        assert (higher - lower) / (high - low) == pytest.approx(2.575829 / 1.959964, rel=1e-4)
-
-    def test_is_never_shorter_than_that_of_an_efficient_estimator(self, fitted) -> None:
-        X, t, y = table()
-        low, high = fitted.ate_interval()
-        propensity = fitted.overlap().propensity
-        chance = np.where(t == 1, propensity, 1 - propensity).clip(0.05)
-        bound = np.sqrt(np.mean(((y - fitted.predict(X, t)) / chance) ** 2) / ROWS)
-        spread = fitted._resampled_effects(fitted.table_.x)[0].mean(axis=1).std(ddof=1)
-        assert bound > spread  # untrained weights hardly look at the table
-        assert (high - low) / 2 == pytest.approx(1.959964 * bound, rel=1e-4)
-
-    def test_seed_decides_the_halves(self, checkpoint, fitted) -> None:
-        other = DoPFNRegressor(checkpoint, n_resamples=6, random_state=1).fit(*table())
-        assert (other.cate_interval()[0] != fitted.cate_interval()[0]).any()
-
-    def test_halves_are_fitted_like_tables(self, checkpoint, fitted) -> None:
-        X, t, y = table()
-        generator = np.random.default_rng(0)
-        halves = [random_part(t.astype(np.float32), 0.5, generator) for _ in range(6)]
-        # In batches of four, of which the second has to be filled up.
-        effects, factor = fitted._resampled_effects(fitted.table_.x)
-        assert effects.shape == (6, ROWS)
-        assert factor == 1
-        together = effects.mean(axis=1)
-        for i in (0, 5):
-            half = halves[i]
-            alone = DoPFNRegressor(checkpoint).fit(X.iloc[half], t[half], y[half]).ate(X)
-            assert together[i] == pytest.approx(alone, abs=1e-5 * y.std())
-
-    def test_many_rows_share_the_error_of_some(self, fitted, monkeypatch) -> None:
-        X = pd.concat([table()[0]] * 3)
-        monkeypatch.setattr(effects, "INTERVAL_ROWS", ROWS)
-        low, high = fitted.ate_interval(X)
-        assert (low + high) / 2 == pytest.approx(fitted.ate(X), rel=1e-6)
-        low_of_all, high_of_all = fitted.ate_interval()
-        assert 0.3 < (high - low) / (high_of_all - low_of_all) < 3
-
-    def test_halves_keep_the_balance_of_the_arms(self) -> None:
-        t = (np.arange(101) < 31).astype(np.float32)
-        generator = np.random.default_rng(0)
-        sizes = set()
-        for _ in range(50):
-            half = random_part(t, 0.5, generator)
-            assert len(set(half)) == len(half)
-            sizes.add((int(t[half].sum()), len(half)))
-        assert sizes == {(15, 50), (16, 51)}
-        assert len(random_part(np.float32([0, 1, 1]), 0.5, generator)) == 2
-
-    def test_spread_over_halves_is_the_standard_error(self) -> None:
-        """Shown for the difference in means, whose standard error has a formula."""
-        generator = np.random.default_rng(0)
-        t = (np.arange(400) < 120).astype(np.float32)
-        y = generator.normal(size=400) * np.where(t, 3.0, 1.0)
-
-        def difference(rows: np.ndarray) -> float:
-            return y[rows][t[rows] == 1].mean() - y[rows][t[rows] == 0].mean()
-
-        spread = np.std([difference(random_part(t, 0.5, generator)) for _ in range(2000)])
-        error = math.sqrt(y[t == 1].var() / 120 + y[t == 0].var() / 280)
-        assert spread == pytest.approx(error, rel=0.05)
-
-    def test_refusals(self, checkpoint, fitted) -> None:
-        for interval in (fitted.ate_interval, fitted.summary):
-            with pytest.raises(ValueError, match=r"alpha is 1\.5, but must lie between 0 and 1"):
-                interval(alpha=1.5)
-        X, _, y = table()
-        model = DoPFNRegressor(checkpoint).fit(X, np.arange(ROWS) == 2, y)
-        with pytest.raises(TableError, match=r"single row with treatment 1: .*at least 2 rows"):
-            model.ate_interval()
-
-
-class TestSaving:
-    def test_a_fresh_process_gives_the_same_answers(self, fitted, tmp_path) -> None:
-        path, query = tmp_path / "deep" / "effects.dopfn", tmp_path / "query.csv"
-        fitted.save(path)
-        table()[0].to_csv(query, index=False)
-        program = (
-            "import json, sys, pandas as pd; from dopfn_jax import DoPFNRegressor;"
-            "model = DoPFNRegressor.load(sys.argv[1]); X = pd.read_csv(sys.argv[2]);"
-            "print(json.dumps([model.cate(X).tolist(), model.ate_interval()]))"
-        )
-        command = [sys.executable, "-c", program, path, query]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        effects, interval = json.loads(result.stdout)
-        assert_same(effects, fitted.cate())
-        assert_same(interval, fitted.ate_interval())
-
-    def test_settings_and_names_come_back(self, checkpoint, tmp_path) -> None:
-        folder = tmp_path / "weights"
-        save_checkpoint(folder, checkpoint.model, checkpoint.config, 0)
-        X, t, y = table()
-        model = DoPFNRegressor(folder, n_resamples=5, random_state=None).fit(
-            X.assign(dose=np.where(X["dose"] > 0, "yes", "no")), t, y
-        )
-        model.save(tmp_path / "model")
-        model.save(tmp_path / "model")  # a second time replaces the first
-        loaded = DoPFNRegressor.load(tmp_path / "model")
-        assert loaded.get_params() == {**model.get_params(), "checkpoint": str(folder)}
-        assert loaded.schema_ == model.schema_
-        assert loaded.checkpoint_.name == str(folder)
-        assert loaded.feature_names_in_.tolist() == ["age", "dose", "score"]
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "weights"]
-        np.testing.assert_array_equal(loaded.cate(), model.cate())
-
-    def test_nothing_else_is_overwritten(self, fitted, tmp_path) -> None:
-        data = tmp_path / "data.csv"
-        data.write_text("precious")
-        for path in (data, tmp_path):
-            with pytest.raises(FileExistsError, match="is no saved estimator: choose another name"):
-                fitted.save(path)
-        assert data.read_text() == "precious"
-
-    def test_a_failure_leaves_the_old_file(self, fitted, tmp_path, monkeypatch) -> None:
-        path = tmp_path / "model"
-        fitted.save(path)
-        before = path.read_bytes()
-
-        def fail(*_: object) -> None:
-            raise OSError("disk full")
-
-        monkeypatch.setattr(archive, "save_checkpoint", fail)
-        with pytest.raises(OSError, match="disk full"):
-            fitted.save(path)
-        assert path.read_bytes() == before
-        assert list(tmp_path.iterdir()) == [path]
-
-    def test_unusable_files_are_refused(self, fitted, tmp_path) -> None:
-        path = tmp_path / "model"
-        with pytest.raises(FileNotFoundError):
-            DoPFNRegressor.load(path)
-        path.write_bytes(b"not a zip")
-        with pytest.raises(CheckpointError, match="model: not a saved estimator"):
-            DoPFNRegressor.load(path)
-        path.unlink()
-        fitted.save(path)
-        whole = path.read_bytes()
-        middle = whole.index(b"model.safetensors") + 10_000
-        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-        with pytest.raises(CheckpointError, match="not a saved estimator"):
-            DoPFNRegressor.load(path)
-        path.write_bytes(whole)
-        with zipfile.ZipFile(path) as archive:
-            description = json.loads(archive.read("estimator.json"))
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("estimator.json", json.dumps({**description, "format": 99}))
-        with pytest.raises(CheckpointError, match="written by a later version"):
-            DoPFNRegressor.load(path)
 
 
 class TestConventions:
