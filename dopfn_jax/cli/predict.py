@@ -143,10 +143,16 @@ def _print(summary: "Summary", options: argparse.Namespace) -> None:
     print(f"arms: {treated:,} rows with {name} = 1, {control:,} with {name} = 0")
     print(f"difference in means of {options.outcome}: {show(summary.difference_in_means)}")
     level = f"{100 * (1 - options.alpha):g} %"
-    for effect in ("ate", "att", "atc"):
+    labels = {
+        "ate": "ATE",
+        "att": "ATT",
+        "atc": "ATC",
+        "aipw_ate": "ATE if nothing hidden confounds",
+    }
+    for effect, label in labels.items():
         low, high = getattr(summary, f"{effect}_interval")
         estimate = show(getattr(summary, effect))
-        print(f"{effect.upper()}: {estimate} ({level} interval {show(low)} to {show(high)})")
+        print(f"{label}: {estimate} ({level} interval {show(low)} to {show(high)})")
     for warning in summary.warnings:
         print(f"warning: {warning}")
     print(

@@ -99,7 +99,8 @@ class Summary:
 
     Attributes:
         ate, att, atc: average effects over all fitted rows, the treated, the controls.
-        ate_interval, att_interval, atc_interval: their lower and upper ends.
+        aipw_ate: the ATE if nothing but the covariates confounds (`DoPFNRegressor.aipw_ate`).
+        ate_interval, att_interval, atc_interval, aipw_ate_interval: their lower and upper ends.
         alpha: one minus the confidence level.
         difference_in_means: of the outcome between the arms, without any adjustment.
         rows, covariates: size of the fitted table.
@@ -117,6 +118,8 @@ class Summary:
     att_interval: tuple[float, float]
     atc: float
     atc_interval: tuple[float, float]
+    aipw_ate: float
+    aipw_ate_interval: tuple[float, float]
     alpha: float
     difference_in_means: float
     rows: int
@@ -146,6 +149,7 @@ class Summary:
             ("ate", "ATE, all rows"),
             ("att", "ATT, the treated"),
             ("atc", "ATC, the controls"),
+            ("aipw_ate", "ATE if nothing hidden confounds (AIPW)"),
         ):
             low, high = getattr(self, f"{name}_interval")
             between = f"{show(low)} to {show(high)}"

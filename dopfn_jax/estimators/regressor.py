@@ -281,6 +281,8 @@ class DoPFNRegressor(EffectEstimator):
             att_interval=att[1],
             atc=atc[0],
             atc_interval=atc[1],
+            aipw_ate=self.aipw_ate(),
+            aipw_ate_interval=self.aipw_ate_interval(alpha=alpha),
             alpha=alpha,
             difference_in_means=float(
                 self.schema_.outcome.scale * (y[treated].mean() - y[~treated].mean())

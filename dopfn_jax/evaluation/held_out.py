@@ -143,7 +143,7 @@ def context_growth(
 def trial_coverage(
     checkpoint: Checkpoint, trials: int = 1000, alpha: float = 0.1, seed: int = 0
 ) -> pd.DataFrame:
-    """How often the interval of the ATE holds the truth, over simulated randomised trials.
+    """How often intervals of the ATE hold the truth, over simulated randomised trials.
 
     Args:
         checkpoint: the weights.
@@ -152,29 +152,35 @@ def trial_coverage(
         seed: of the trials.
 
     Returns:
-        A row per size and one for all (rows 0): trials, coverage with low and high (a 95 % Wilson
-        interval), width (mean width of the intervals over the standard deviation of y), bias
-        (mean error over the same).
+        A row per estimate ("ate", "aipw_ate") and size, and one for all sizes (rows 0): trials,
+        coverage with low and high (a 95 % Wilson interval); and over the standard deviation of y,
+        width (mean width of the intervals), bias (mean error) and rms (root mean square error).
     """
     lines = []
     for number in range(trials):
         x, t, y, effect = draw_trial(np.random.default_rng([seed, number]), number)
         model = DoPFNRegressor(checkpoint).fit(x, t, y)
-        low, high = model.ate_interval(alpha=alpha)
         truth, spread = float(effect.mean()), float(y.std())
-        lines.append(
-            {
-                "rows": len(y),
-                "inside": low <= truth <= high,
-                "width": (high - low) / spread,
-                "error": ((low + high) / 2 - truth) / spread,
-            }
-        )
+        for estimate in ("ate", "aipw_ate"):
+            low, high = getattr(model, f"{estimate}_interval")(alpha=alpha)
+            lines.append(
+                {
+                    "estimate": estimate,
+                    "rows": len(y),
+                    "inside": low <= truth <= high,
+                    "width": (high - low) / spread,
+                    "error": ((low + high) / 2 - truth) / spread,
+                }
+            )
     table, found = pd.DataFrame(lines), []
-    for rows, group in [(0, table), *table.groupby("rows")]:
+    whole = table.assign(rows=0)
+    for (estimate, rows), group in pd.concat([whole, table]).groupby(
+        ["estimate", "rows"], sort=False
+    ):
         low, high = _wilson(int(group.inside.sum()), len(group))
         found.append(
             {
+                "estimate": estimate,
                 "rows": rows,
                 "trials": len(group),
                 "coverage": group.inside.mean(),
@@ -182,9 +188,10 @@ def trial_coverage(
                 "high": high,
                 "width": group.width.mean(),
                 "bias": group.error.mean(),
+                "rms": math.sqrt(np.square(group.error).mean()),
             }
         )
-    return pd.DataFrame(found)
+    return pd.DataFrame(found).sort_values(["estimate", "rows"], ignore_index=True)
 
 
 TRIAL_ROWS = (100, 250, 500)

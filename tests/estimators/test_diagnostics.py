@@ -79,7 +79,7 @@ class TestSummary:
     def test_holds_the_answers_of_the_methods(self, fitted) -> None:
         _, t, y = table()
         summary = fitted.summary(alpha=0.1)
-        for name in ("ate", "att", "atc"):
+        for name in ("ate", "att", "atc", "aipw_ate"):
             assert getattr(summary, name) == pytest.approx(getattr(fitted, name)())
             ends = getattr(fitted, f"{name}_interval")(alpha=0.1)
             assert getattr(summary, f"{name}_interval") == pytest.approx(ends, rel=1e-4)

@@ -21,19 +21,34 @@ def test_an_interval_is_centred_deterministic_and_wider_for_more_confidence(fitt
     assert (higher - lower) / (high - low) == pytest.approx(2.575829 / 1.959964, rel=1e-4)
 
 
-@pytest.mark.parametrize(("effect", "corrected"), [(-4.0, False), (20.0, True)])
-def test_an_average_is_no_surer_than_residuals_allow(checkpoint, effect, corrected) -> None:
+@pytest.mark.parametrize(("effect", "distant"), [(-4.0, False), (20.0, True)])
+def test_an_average_is_no_surer_than_its_doubly_robust_rival(checkpoint, effect, distant) -> None:
     X, t, y = table()
     y = y + effect * t  # untrained weights hardly see it
     model = DoPFNRegressor(checkpoint, n_resamples=4).fit(X, t, y)
-    propensity = model.overlap().propensity
-    chance = np.where(t == 1, propensity, 1 - propensity).clip(0.05)
-    residual = np.where(t == 1, 1, -1) * (y - model.predict(X, t)) / chance
-    efficient, correction = np.sqrt(np.mean(residual**2) / ROWS), abs(residual.mean())
+    chance = model.overlap().propensity.clip(0.05, 0.95)
+    control, treated = (model.predict(X, arm) for arm in (0, 1))
+    # As the textbook has it.
+    scores = treated + t * (y - treated) / chance - control - (1 - t) * (y - control) / (1 - chance)
+    error = (scores - (treated - control)).std(ddof=1) / np.sqrt(ROWS)
+    ends = (scores.mean() - 1.644854 * error, scores.mean() + 1.644854 * error)
+    assert model.aipw_ate() == pytest.approx(scores.mean(), rel=1e-4)
+    assert model.aipw_ate_interval(alpha=0.1) == pytest.approx(ends, rel=1e-4)
+    distance = abs(model.aipw_ate() - model.ate())
     spread = model._resampled_effects(model.table_.x)[0].mean(axis=1).std(ddof=1)
-    assert (correction > efficient) == corrected and efficient > spread
+    assert (distance > error) == distant and error > spread
     low, high = model.ate_interval()
-    assert (high - low) / 2 == pytest.approx(1.959964 * max(efficient, correction), rel=1e-4)
+    assert (high - low) / 2 == pytest.approx(1.959964 * max(error, distance), rel=1e-4)
+
+
+def test_the_doubly_robust_estimate_finds_an_effect_that_the_network_misses(checkpoint) -> None:
+    generator = np.random.default_rng(0)
+    x, t = generator.normal(size=(400, 2)), generator.integers(0, 2, 400)
+    y = x[:, 0] + 3 * t + generator.normal(size=400)
+    model = DoPFNRegressor(checkpoint).fit(x, t, y)
+    assert abs(model.ate() - 3) > 1
+    low, high = model.aipw_ate_interval(alpha=0.01)
+    assert 0 < low < 3 < high
 
 
 def test_seed_decides_the_halves(checkpoint, fitted) -> None:

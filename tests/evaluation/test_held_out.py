@@ -75,14 +75,18 @@ def test_an_ignorant_model_does_not_gain_from_rows(ignorant: Checkpoint, tmp_pat
 
 
 @pytest.mark.slow
-def test_an_ignorant_model_covers_only_effects_of_zero(ignorant: Checkpoint) -> None:
+def test_residuals_tell_of_effects_that_an_ignorant_model_misses(ignorant: Checkpoint) -> None:
     wide_enough = dataclasses.replace(ignorant.config, prior=PriorConfig(max_nodes=12))
-    table = trial_coverage(dataclasses.replace(ignorant, config=wide_enough), trials=30)
-    truth_is_zero = [
-        not draw_trial(np.random.default_rng([0, number]), number)[3].any() for number in range(30)
-    ]
-    assert table.iloc[0].coverage == np.mean(truth_is_zero)
-    assert list(table.rows) == [0, *TRIAL_ROWS]
+    table = trial_coverage(dataclasses.replace(ignorant, config=wide_enough), trials=60)
+    effects = []
+    for number in range(60):
+        _, _, y, effect = draw_trial(np.random.default_rng([0, number]), number)
+        effects.append(effect.mean() / y.std())
+    aipw, ate = (group.set_index("rows") for _, group in table.groupby("estimate"))
+    assert list(ate.index) == list(aipw.index) == [0, *TRIAL_ROWS]
+    assert ate.rms[0] == pytest.approx(np.sqrt(np.mean(np.square(effects))), rel=1e-4)
+    assert aipw.rms[0] < 0.6 * ate.rms[0]
+    assert 0.75 < aipw.coverage[0] <= ate.coverage[0]
 
 
 def test_the_script_names_a_wrong_option(capsys) -> None:
