@@ -55,6 +55,12 @@ def test_weights_and_config_come_back_bit_by_bit(folder: Path, model: DoPFN) -> 
     assert loaded.name == str(folder)
 
 
+def test_who_may_read_files_may_read_weights(folder: Path) -> None:
+    plain = folder.parent / "plain"
+    plain.touch()
+    assert {path.stat().st_mode for path in folder.iterdir()} == {plain.stat().st_mode}
+
+
 def test_the_names_of_the_weights_are_stable(folder: Path) -> None:
     """Published checkpoints hold these names: a change here needs a new format."""
     assert set(load_file(folder / WEIGHTS_FILE)) == {
@@ -106,7 +112,7 @@ def full_disk(*_: object) -> None:
 def test_a_full_disk_leaves_the_older_weights(
     folder: Path, model: DoPFN, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "save_file", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(CheckpointError, match=r"cannot be written .*No space left"):
         save_checkpoint(folder, jax.tree.map(lambda a: a + 1, model), CONFIG, 8)
     require_same_weights(from_pretrained(folder).model, model)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from dopfn_jax.config import Config
 from dopfn_jax.diagnostics import UsualTables
@@ -145,8 +145,9 @@ def _write(folder: Path, weights: dict[str, np.ndarray], description: dict[str, 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         new, old = Path(temporary, "new"), Path(temporary, "old")
         new.mkdir()
-        save_file(weights, new / WEIGHTS_FILE)
-        checksum = hashlib.sha256((new / WEIGHTS_FILE).read_bytes()).hexdigest()
+        content = save(weights)
+        checksum = hashlib.sha256(content).hexdigest()
+        (new / WEIGHTS_FILE).write_bytes(content)  # save_file would keep it from other users
         text = json.dumps({"sha256": checksum, **description}, indent=2)
         (new / CONFIG_FILE).write_text(text + "\n")
         if not folder.exists():
