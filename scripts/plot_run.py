@@ -5,6 +5,7 @@ Needs matplotlib. Example:
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ PANELS = (
 )
 # Points that a smoothed training loss averages over, at most.
 SMOOTHING = 20
+# Of runs in the panels of case studies, where colours are cases.
+STYLES = ("-", "--", ":", "-.")
 
 
 class RunLogError(ValueError):
@@ -73,7 +76,7 @@ def read_log(path: Path) -> pd.DataFrame:
 def draw(log: pd.DataFrame, output: Path) -> None:
     """One panel for each of PANELS, one line for each run of `read_log`.
 
-    Runs that were scored as they went (--evaluate-every) get two more panels, one line a case.
+    Runs that were scored as they went (--evaluate-every) get two more panels, one colour a case.
     """
     import matplotlib
 
@@ -98,11 +101,16 @@ def draw(log: pd.DataFrame, output: Path) -> None:
         axis.set_title(title)
     for axis, task in zip(axes.flat[len(PANELS) :], ("cid", "cate"), strict=False):
         cases = [str(name) for name in log if str(name).startswith(f"{task}/")]
-        for _, run in log.groupby("run", sort=False):
-            for case in cases:
+        runs = [
+            run for _, run in log.groupby("run", sort=False) if run[cases].notna().any(axis=None)
+        ]
+        for style, run in zip(itertools.cycle(STYLES), runs, strict=False):
+            for number, case in enumerate(cases):
                 points = run[["step", case]].dropna()
-                if len(points):
-                    _line(axis, points["step"], points[case], case.removeprefix(f"{task}/"))
+                label = case.removeprefix(f"{task}/") if run is runs[0] else None
+                _line(
+                    axis, points["step"], points[case], label, color=f"C{number}", linestyle=style
+                )
         axis.set_title(f"{task.upper()}: median error of each case study")
         axis.set_yscale("log")
     for axis in axes.flat:
@@ -116,9 +124,11 @@ def draw(log: pd.DataFrame, output: Path) -> None:
     plt.close(figure)
 
 
-def _line(axis: "Axes", steps: pd.Series, values: pd.Series, label: str) -> None:
+def _line(
+    axis: "Axes", steps: pd.Series, values: pd.Series, label: str | None, **style: str
+) -> None:
     marker = "." if len(values) < 2 else None
-    axis.plot(steps, values, label=label, marker=marker, linewidth=1.2)
+    axis.plot(steps, values, label=label, marker=marker, linewidth=1.2, **style)
 
 
 if __name__ == "__main__":

@@ -225,4 +225,5 @@ def unlike_prior(table: Table, checkpoint: Checkpoint) -> list[str]:
 def number_format(width: float) -> Callable[[float], str]:
     """Shows numbers with the digits that an interval of this width leaves meaningful."""
     decimals = 1 - math.floor(math.log10(width)) if width > 0 else 3
-    return lambda value: f"{round(value, decimals):,.{max(0, decimals)}f}"
+    # Adding 0 makes -0.0 positive.
+    return lambda value: f"{round(value, decimals) + 0.0:,.{max(0, decimals)}f}"

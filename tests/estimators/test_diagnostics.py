@@ -7,7 +7,7 @@ import pytest
 
 from dopfn_jax.cells import TableError
 from dopfn_jax.estimators import DoPFNRegressor
-from dopfn_jax.estimators.diagnostics import estimate_overlap
+from dopfn_jax.estimators.diagnostics import estimate_overlap, number_format
 from dopfn_jax.tables import Table
 from tests.estimators.small import ROWS, table
 
@@ -108,3 +108,10 @@ class TestSummary:
         X, t, y = table()
         model = DoPFNRegressor(checkpoint, n_resamples=4).fit(X, t, pd.Series(y > 10))
         assert "difference of probabilities" in str(model.summary())
+
+
+def test_numbers_show_the_digits_that_an_interval_leaves() -> None:
+    assert number_format(1.7)(2.345) == "2.3"
+    assert number_format(0.04)(-1.0) == "-1.000"
+    assert number_format(900.0)(12345.6) == "12,350"
+    assert number_format(4.5)(-0.04) == "0.0"
