@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from dopfn_jax.checkpoints import Checkpoint
 from dopfn_jax.diagnostics import kinds_of_tables
@@ -64,7 +65,7 @@ def calibration(
             )
             key = jax.random.fold_in(jax.random.key(seed), rows)
             counts = np.zeros(len(LEVELS) + 2)
-            for first in range(0, tasks, batch):
+            for first in _progress(range(0, tasks, batch), f"{prior}, {rows} rows"):
                 counts += np.asarray(inside(checkpoint.model, jax.random.fold_in(key, first)))
             valid, queries, *hits = counts
             coverage = {
@@ -110,7 +111,7 @@ def context_growth(
     for case in cases or [name for name in STUDIES if name != "small"]:
         study = dataclasses.replace(STUDIES[case], rows=(_TABLE_ROWS, _TABLE_ROWS))
         errors: dict[str, list[dict[str, float]]] = {"cid": [], "cate": []}
-        for number in range(1, tables + 1):
+        for number in _progress(range(1, tables + 1), case):
             path = cache / case / f"{number:03d}.npz"
             if not path.exists():
                 write_dataset(path, study, case, number, exact=False)
@@ -157,7 +158,7 @@ def trial_coverage(
         width (mean width of the intervals), bias (mean error) and rms (root mean square error).
     """
     lines = []
-    for number in range(trials):
+    for number in _progress(range(trials), "trials"):
         x, t, y, effect = draw_trial(np.random.default_rng([seed, number]), number)
         model = DoPFNRegressor(checkpoint).fit(x, t, y)
         truth, spread = float(effect.mean()), float(y.std())
@@ -221,6 +222,11 @@ def draw_trial(
     y = baseline + t * effect + np.exp(generator.uniform(np.log(1 / 3), np.log(2))) * noise
     unit = 10 ** generator.uniform(-2, 3)
     return x, t, unit * y, unit * effect
+
+
+def _progress(numbers: range, label: str) -> Iterable[int]:
+    """The numbers, with a bar on a terminal once they have taken two seconds."""
+    return tqdm(numbers, desc=label, delay=2, leave=False, disable=None)
 
 
 def _wilson(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
