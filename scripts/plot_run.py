@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -125,7 +125,7 @@ def draw(log: pd.DataFrame, output: Path) -> None:
 
 
 def _line(
-    axis: "Axes", steps: pd.Series, values: pd.Series, label: str | None, **style: str
+    axis: "Axes", steps: pd.Series, values: pd.Series, label: str | None, **style: Any
 ) -> None:
     marker = "." if len(values) < 2 else None
     axis.plot(steps, values, label=label, marker=marker, linewidth=1.2, **style)

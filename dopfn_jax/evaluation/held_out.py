@@ -175,14 +175,11 @@ def trial_coverage(
             )
     table, found = pd.DataFrame(lines), []
     whole = table.assign(rows=0)
-    for (estimate, rows), group in pd.concat([whole, table]).groupby(
-        ["estimate", "rows"], sort=False
-    ):
+    for kind, group in pd.concat([whole, table]).groupby(["estimate", "rows"]):
         low, high = _wilson(int(group.inside.sum()), len(group))
         found.append(
             {
-                "estimate": estimate,
-                "rows": rows,
+                **dict(zip(("estimate", "rows"), kind, strict=True)),
                 "trials": len(group),
                 "coverage": group.inside.mean(),
                 "low": low,
@@ -192,7 +189,7 @@ def trial_coverage(
                 "rms": math.sqrt(np.square(group.error).mean()),
             }
         )
-    return pd.DataFrame(found).sort_values(["estimate", "rows"], ignore_index=True)
+    return pd.DataFrame(found)
 
 
 TRIAL_ROWS = (100, 250, 500)
