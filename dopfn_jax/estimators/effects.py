@@ -294,7 +294,7 @@ class EffectEstimator(InContextEstimator):
         Raises:
             TableError: an arm of the fitted table has only one row.
         """
-        return self._average(self._read_rows(None)) + float(self._weighted_residuals().mean())
+        return self._aipw()[0]
 
     def aipw_ate_interval(self, *, alpha: float = 0.05) -> tuple[float, float]:
         """An interval for `aipw_ate`, by the spread of the weighted residuals.
@@ -309,10 +309,14 @@ class EffectEstimator(InContextEstimator):
             TableError: an arm of the fitted table has only one row.
             ValueError: alpha is outside (0, 1).
         """
-        reach, residuals = reach_of(alpha), self._weighted_residuals()
+        reach, (estimate, error) = reach_of(alpha), self._aipw()
+        return estimate - reach * error, estimate + reach * error
+
+    def _aipw(self) -> tuple[float, float]:
+        """`aipw_ate` and its standard error."""
+        residuals = self._weighted_residuals()
         estimate = self._average(self.table_.x) + float(residuals.mean())
-        error = reach * _standard_error(residuals)
-        return estimate - error, estimate + error
+        return estimate, _standard_error(residuals)
 
     def _weighted_residuals(self) -> NDArray[np.float64]:
         """Residuals of the fitted rows over the probability of their treatment, (N,), units of y.

@@ -272,6 +272,7 @@ class DoPFNRegressor(EffectEstimator):
             (estimate, (estimate - error, estimate + error))
             for estimate, error in zip(estimates, errors.tolist(), strict=True)
         )
+        aipw, aipw_error = self._aipw()
         y = self.table_.y.astype(np.float64)
         several = len(self.views_) > 1
         return Summary(
@@ -281,8 +282,8 @@ class DoPFNRegressor(EffectEstimator):
             att_interval=att[1],
             atc=atc[0],
             atc_interval=atc[1],
-            aipw_ate=self.aipw_ate(),
-            aipw_ate_interval=self.aipw_ate_interval(alpha=alpha),
+            aipw_ate=aipw,
+            aipw_ate_interval=(aipw - reach * aipw_error, aipw + reach * aipw_error),
             alpha=alpha,
             difference_in_means=float(
                 self.schema_.outcome.scale * (y[treated].mean() - y[~treated].mean())

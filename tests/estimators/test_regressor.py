@@ -182,7 +182,7 @@ class TestConventions:
         assert model.n_features_in_ == 2
         assert not hasattr(model, "feature_names_in_")
 
-    @pytest.mark.parametrize("method", ["cate", "ate", "ate_interval"])
+    @pytest.mark.parametrize("method", ["cate", "ate", "ate_interval", "aipw_ate"])
     def test_unfitted(self, method: str) -> None:
         with pytest.raises(NotFittedError, match="DoPFNRegressor instance is not fitted yet"):
             getattr(DoPFNRegressor(), method)()
