@@ -256,11 +256,12 @@ class InContextEstimator(BaseEstimator):
         self, context: EncodedContext, view: View, x: NDArray[np.float32], t: NDArray[np.float32]
     ) -> NDArray[np.float64]:
         """The same by one member, (M,)."""
-        parts = [
-            np.asarray(summarise(answer, "mean", np.zeros(0, np.float32)))[: rows.stop - rows.start]
-            for answer, rows in self._member_distributions(context, view, x, t)
-        ]
-        return np.clip(np.concatenate(parts).astype(np.float64), *self._bounds)
+        means = np.zeros(len(x))
+        for answer, rows in self._member_distributions(context, view, x, t):
+            # Copied, because a view would keep the chunk on the device.
+            mean = np.asarray(summarise(answer, "mean", np.zeros(0, np.float32)))
+            means[rows] = mean[: rows.stop - rows.start]
+        return np.clip(means, *self._bounds)
 
     def _member_effects(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
         """CATE by every member, (K, M), in the units of y."""
