@@ -249,18 +249,11 @@ class InContextEstimator(BaseEstimator):
 
         A mean of means, unlike the mixture's mean, does not depend on how buckets line up.
         """
-        members = zip(contexts, self.views_, strict=True)
-        return np.stack([self._member_means(context, view, x, t) for context, view in members])
-
-    def _member_means(
-        self, context: EncodedContext, view: View, x: NDArray[np.float32], t: NDArray[np.float32]
-    ) -> NDArray[np.float64]:
-        """The same by one member, (M,)."""
-        means = np.zeros(len(x))
-        for answer, rows in self._member_distributions(context, view, x, t):
-            # Copied, because a view would keep the chunk on the device.
-            mean = np.asarray(summarise(answer, "mean", np.zeros(0, np.float32)))
-            means[rows] = mean[: rows.stop - rows.start]
+        means = np.zeros((len(contexts), len(x)))
+        for member, (context, view) in enumerate(zip(contexts, self.views_, strict=True)):
+            for answer, rows in self._member_distributions(context, view, x, t):
+                mean = np.asarray(summarise(answer, "mean", np.zeros(0, np.float32)))
+                means[member, rows] = mean[: rows.stop - rows.start]
         return np.clip(means, *self._bounds)
 
     def _member_effects(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
