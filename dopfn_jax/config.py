@@ -168,10 +168,10 @@ class WidePriorConfig:
     )
     # Share of tasks with 1 to `max_hidden` nodes that are not shown. In the others all nodes are
     # shown only if `duplicate_share` and `post_treatment_share` are 0 too.
-    hidden_share: float = 0.4
+    hidden_share: float = 0.2
     max_hidden: int = 6
     # Share of tasks with 1 to `max_post_treatment` nodes after the treatment.
-    post_treatment_share: float = 0.25
+    post_treatment_share: float = 0.15
     max_post_treatment: int = 4
     assignments: tuple[str, ...] = ("logistic", "logistic", "logistic", "threshold", "coin")
     # How strongly the score decides a logistic assignment: log-uniform.

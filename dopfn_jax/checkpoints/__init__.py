@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -138,6 +140,46 @@ def save_checkpoint(
         _write(folder, weights, description)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: weights cannot be written ({error})") from error
+
+
+def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """The mean of weights trained on from common ones (model soups: Wortsman et al. 2022).
+
+    Runs with different seeds err differently around what they have in common, so their mean is
+    often better than each; that of runs from different starts is not. One that is listed twice
+    counts twice.
+
+    Args:
+        checkpoints: one or more, of one architecture and with the same bucket borders.
+
+    Returns:
+        The mean, with the first one's name and config, and the steps of all of them.
+
+    Raises:
+        CheckpointError: none is given, or two of them do not fit together.
+    """
+    if not checkpoints:
+        raise CheckpointError("checkpoints is empty: name one or more to average")
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        if other.config.model != first.config.model:
+            raise CheckpointError(
+                f"{other.name} has another architecture than {first.name}: only weights that were "
+                "trained on from common ones can be averaged"
+            )
+        if not np.array_equal(other.model.borders[...], first.model.borders[...]):
+            raise CheckpointError(
+                f"{other.name} has other bucket borders than {first.name}: only weights that were "
+                "trained on from common ones can be averaged"
+            )
+    graphdef = nnx.graphdef(first.model)
+    states = [nnx.state(checkpoint.model) for checkpoint in checkpoints]
+    mean = jax.tree.map(
+        lambda *leaves: jnp.asarray(np.mean(leaves, axis=0, dtype=np.float64), leaves[0].dtype),
+        *states,
+    )
+    steps = sum({checkpoint.name: checkpoint.steps for checkpoint in checkpoints}.values())
+    return Checkpoint(first.name, nnx.merge(graphdef, mean), first.config, steps)
 
 
 def _write(folder: Path, weights: dict[str, np.ndarray], description: dict[str, Any]) -> None:

@@ -11,9 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -95,7 +93,7 @@ def train(
         if directory.latest_step() is not None:
             state = directory.restore(trainer.abstract_state)
         elif init_from is not None:
-            state = _with_weights(trainer, init_from)
+            state = trainer.with_weights(init_from.model)
         else:
             state = trainer.init()
         start = int(state.step)
@@ -333,12 +331,3 @@ def _require_same_model(checkpoint: Checkpoint, config: Config) -> None:
             f"--init-from {checkpoint.name}: it holds another model ({'; '.join(changed)}); use "
             "the same model.* values"
         )
-
-
-def _with_weights(trainer: Trainer, checkpoint: Checkpoint) -> TrainState:
-    """A fresh state with the checkpoint's weights and bucket borders."""
-    state = trainer.init(checkpoint.model.borders[...])
-    params = jax.tree.map(np.asarray, nnx.state(checkpoint.model, nnx.Param))
-    # Copies, because the state is donated and the checkpoint is the caller's.
-    copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=trainer.shardings.params)
-    return dataclasses.replace(state, params=copy(params), average=copy(params))

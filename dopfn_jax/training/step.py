@@ -121,6 +121,14 @@ class Trainer:
             borders = self._fit_borders() if borders is None else borders
             return jax.jit(self._init, out_shardings=self.shardings)(borders)
 
+    def with_weights(self, model: DoPFN) -> TrainState:
+        """A fresh state with a model's weights and bucket borders."""
+        state = self.init(model.borders[...])
+        params = jax.tree.map(np.asarray, nnx.state(model, nnx.Param))
+        # Copies, because the state is donated and the model is the caller's.
+        copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=self.shardings.params)
+        return dataclasses.replace(state, params=copy(params), average=copy(params))
+
     def step(self, state: TrainState, shape: TableShape) -> tuple[TrainState, Metrics]:
         """One update on a fresh batch; the given state is donated. Compiles once per shape."""
         if shape not in self._steps:

@@ -127,7 +127,7 @@ def checkpoint(trainer: Trainer, first_state: TrainState) -> Checkpoint:
 def test_a_new_run_starts_from_given_weights(
     trainer: Trainer, fresh: Callable[..., TrainState], checkpoint: Checkpoint
 ) -> None:
-    state = loop._with_weights(trainer, checkpoint)
+    state = trainer.with_weights(checkpoint.model)
     wanted = nnx.state(checkpoint.model)
     shape = trainer.config.training.shapes[0]
     have = nnx.state(trainer.model(state))
