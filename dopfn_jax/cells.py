@@ -17,6 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 
 # What covariates, treatment and outcome may come as.
 Data = ArrayLike | pd.DataFrame | pd.Series
+# One column of them.
+Cells = NDArray | pd.Series
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -50,8 +52,12 @@ def read_array(values: Data, label: str) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.kind == "V" and not array.dtype.names else array
 
 
-def read_cells(cells: pd.Series, label: str) -> tuple[NDArray[np.float64], tuple[str, ...] | None]:
+def read_cells(cells: Cells, label: str) -> tuple[NDArray[np.float64], tuple[str, ...] | None]:
     """Numbers or codes, NaN where missing, and the categories that codes stand for."""
+    if isinstance(cells, np.ndarray):
+        if cells.dtype.kind in "biuf":
+            return _check_finite(cells.astype(np.float64), label), None
+        cells = pd.Series(cells)
     dtype = cells.dtype
     if dtype.kind in "mM":
         raise _date_error(label, cells.iloc[0] if len(cells) else dtype)
@@ -86,7 +92,7 @@ def read_cells(cells: pd.Series, label: str) -> tuple[NDArray[np.float64], tuple
 
 
 def _read_categories(
-    cells: pd.Series, categories: Sequence[Any], label: str
+    cells: Cells, categories: Sequence[Any], label: str
 ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
     dates = [category for category in categories if isinstance(category, _DATES)]
     if dates:
@@ -96,7 +102,7 @@ def _read_categories(
     return encode(cells, names, label), names
 
 
-def encode(cells: pd.Series, categories: Sequence[str], label: str) -> NDArray[np.float64]:
+def encode(cells: Cells, categories: Sequence[str], label: str) -> NDArray[np.float64]:
     """Positions of the cells among the categories, NaN where missing."""
     codes, distinct = _factorise(cells, label)
     position = {category: float(index) for index, category in enumerate(categories)}
@@ -111,7 +117,7 @@ def encode(cells: pd.Series, categories: Sequence[str], label: str) -> NDArray[n
     return np.append(values, np.nan)[codes]
 
 
-def _factorise(cells: pd.Series, label: str) -> tuple[NDArray[np.intp], list[Any]]:
+def _factorise(cells: Cells, label: str) -> tuple[NDArray[np.intp], list[Any]]:
     """For each cell its index into the list of distinct values, -1 where missing."""
     try:
         codes, distinct = pd.factorize(cells)

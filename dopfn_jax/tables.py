@@ -16,13 +16,13 @@ import sys
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from dopfn_jax.cells import Data, TableError, encode, listed, read_array, read_cells
+from dopfn_jax.cells import Cells, Data, TableError, encode, listed, read_array, read_cells
 
 # Standardised cells are clipped here: far beyond any use, yet safe to square in float32.
 _FAR = 1e15
@@ -137,8 +137,8 @@ class Schema:
         """
         check_order(X=X, t=t, y=y)
         treatment, outcome = read_treatment(t), read_outcome(y)
-        frame, named = _read_frame(X, len(treatment))
-        rows = {"X": len(frame), "t": len(treatment), "y": len(outcome)}
+        covariates, named, length = _read_columns(X, len(treatment))
+        rows = {"X": length, "t": len(treatment), "y": len(outcome)}
         if len(set(rows.values())) > 1:
             found = ", ".join(f"{name} has {count}" for name, count in rows.items())
             raise TableError(f"X, t and y must have the same number of rows, but {found}.")
@@ -155,16 +155,16 @@ class Schema:
                 "constant outcome says nothing about an effect; check that it is the right column."
             )
         if named:
-            _check_apart(frame, "treatment t", t, treatment)
-            _check_apart(frame, "outcome y", y, outcome)
+            _check_apart(covariates, "treatment t", t, treatment)
+            _check_apart(covariates, "outcome y", y, outcome)
         columns, cells = [], []
-        for name, series in frame.items():
-            values, categories = read_cells(series, f"column {name!r}")
-            column = Column(cast("str | int", name), categories, Scale.fit(values))
+        for name, given in covariates.items():
+            values, categories = read_cells(given, f"column {name!r}")
+            column = Column(name, categories, Scale.fit(values))
             columns.append(column)
             cells.append(column.scale.standardise(values))
         scale = Scale.fit(outcome)
-        table = Table(_stack(cells, len(frame)), treatment, scale.standardise(outcome))
+        table = Table(_stack(cells, length), treatment, scale.standardise(outcome))
         binary = bool(np.isin(outcome, (0, 1)).all())
         return cls(tuple(columns), named, scale, binary), table
 
@@ -188,13 +188,13 @@ class Schema:
             raise TableError(
                 f"X is None, but the table was fitted with covariates: {listed(known)}."
             )
-        frame, named = _read_frame(X, rows)
+        given, named, length = _read_columns(X, rows)
         by_name = named and self.named
         if by_name:
-            _check_names(known, list(frame.columns))
-        elif frame.shape[1] != len(known):
+            _check_names(known, [str(name) for name in given])
+        elif len(given) != len(known):
             raise TableError(
-                f"X has {frame.shape[1]} columns, but the table was fitted with {len(known)}."
+                f"X has {len(given)} columns, but the table was fitted with {len(known)}."
             )
         elif known and named != self.named:
             now, before = ("names", "did not") if named else ("no names", "did")
@@ -203,11 +203,9 @@ class Schema:
                 "matched by position.",
                 stacklevel=_level_outside(),
             )
-        cells = [
-            _read_known_cells(frame[column.name] if by_name else frame.iloc[:, position], column)
-            for position, column in enumerate(self.columns)
-        ]
-        return _stack(cells, len(frame))
+        cells = [given[name] for name in (known if by_name else given)]
+        read = [_read_known_cells(*pair) for pair in zip(cells, self.columns, strict=True)]
+        return _stack(read, length)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `Schema.from_dict` inverts it."""
@@ -236,11 +234,11 @@ def read_treatment(t: Data) -> NDArray[np.float32]:
     """
     label = _label("treatment t", t)
     values, categories = _read_vector(t, label)
-    if categories is None:
-        found = [f"{value:g}" for value in np.unique(values)]
-    else:
-        found = [repr(category) for category in categories]
-    if categories is not None or not np.isin(values, (0, 1)).all():
+    if categories is not None or not ((values == 0) | (values == 1)).all():
+        if categories is None:
+            found = [f"{value:g}" for value in np.unique(values)]
+        else:
+            found = [repr(category) for category in categories]
         example = f", for example as t == {found[1]}" if len(found) == 2 else ""
         raise TableError(
             f"{label} must hold 0 and 1 (or booleans), but holds {listed(found, str)}: recode "
@@ -283,15 +281,16 @@ def _read_vector(values: Data, label: str) -> tuple[NDArray[np.float64], tuple[s
         values = values.iloc[:, 0]
     if isinstance(values, pd.Series):
         # Categories that are numbers count as these numbers here, not as codes.
-        series = values.astype(object) if isinstance(values.dtype, pd.CategoricalDtype) else values
+        cells: Cells = (
+            values.astype(object) if isinstance(values.dtype, pd.CategoricalDtype) else values
+        )
     else:
-        array = read_array(values, label)
-        if array.ndim == 2 and array.shape[1] == 1:
-            array = array[:, 0]
-        if array.ndim != 1:
-            raise TableError(f"{label} has shape {array.shape}, but must hold one value per row.")
-        series = pd.Series(array)
-    numbers_, categories = read_cells(series, label)
+        cells = read_array(values, label)
+        if cells.ndim == 2 and cells.shape[1] == 1:
+            cells = cells[:, 0]
+        if cells.ndim != 1:
+            raise TableError(f"{label} has shape {cells.shape}, but must hold one value per row.")
+    numbers_, categories = read_cells(cells, label)
     missing = np.isnan(numbers_)
     if missing.any():
         raise TableError(
@@ -301,27 +300,30 @@ def _read_vector(values: Data, label: str) -> tuple[NDArray[np.float64], tuple[s
     return numbers_, categories
 
 
-def _read_frame(X: Data | None, rows: int) -> tuple[pd.DataFrame, bool]:
-    """X as a data frame, and whether its columns came with names."""
+def _read_columns(X: Data | None, rows: int) -> tuple[dict[str | int, Cells], bool, int]:
+    """The columns of X by name or position, whether they came with names, and their length."""
     if X is None:
-        return pd.DataFrame(index=range(rows)), False
+        return {}, False, rows
     if isinstance(X, pd.DataFrame):
-        frame = X.set_axis([str(name) for name in X.columns], axis=1)
-        repeated = frame.columns[frame.columns.duplicated()]
-        if len(repeated):
-            raise TableError(f"X has more than one column {repeated[0]!r}: rename or drop one.")
-        return frame, True
+        columns: dict[str | int, Cells] = {}
+        for name, cells in X.items():
+            if str(name) in columns:
+                raise TableError(f"X has more than one column {str(name)!r}: rename or drop one.")
+            columns[str(name)] = cells
+        return columns, True, len(X)
     array = read_array(X, "X")
     if array.ndim != 2:
         remedy = "; for one covariate use X.reshape(-1, 1)" if array.ndim == 1 else ""
         raise TableError(f"X has shape {array.shape}, but must be (rows, covariates){remedy}.")
-    return pd.DataFrame(array), False
+    return dict(enumerate(array.T)), False, len(array)
 
 
-def _check_apart(frame: pd.DataFrame, role: str, values: Data, read: NDArray) -> None:
+def _check_apart(
+    columns: Mapping[str | int, Cells], role: str, values: Data, read: NDArray
+) -> None:
     """Refuses covariates that still hold the treatment or the outcome, by name and values."""
     name = str(_own_name(values))
-    if name in frame and np.array_equal(read_cells(frame[name], f"column {name!r}")[0], read):
+    if name in columns and np.array_equal(read_cells(columns[name], f"column {name!r}")[0], read):
         raise TableError(
             f"X holds the {role} as its column {name!r}: leave it out, as by "
             f"X.drop(columns={name!r})."
@@ -372,7 +374,7 @@ def _check_names(known: Sequence[str | int], given: Sequence[str]) -> None:
         )
 
 
-def _read_known_cells(cells: pd.Series, column: Column) -> NDArray[np.float32]:
+def _read_known_cells(cells: Cells, column: Column) -> NDArray[np.float32]:
     """Standardised cells of a column that has been fitted."""
     label = f"column {column.name!r}"
     if column.categories is not None:

@@ -184,9 +184,9 @@ def encoding_bytes(config: ModelConfig, rows: int, columns: int) -> int:
 
 
 def padded_rows(rows: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, 128, ... that is at least `rows`."""
-    power = 1 << max(4, (rows - 1).bit_length())
-    return 3 * power // 4 if power > 16 and rows <= 3 * power // 4 else power
+    """The smallest of 8, 12, 16, 24, 32, 48, 64, ... that is at least `rows`."""
+    power = 1 << max(3, (rows - 1).bit_length())
+    return 3 * power // 4 if power > 8 and rows <= 3 * power // 4 else power
 
 
 def padded_columns(covariates: int, most: int) -> int:

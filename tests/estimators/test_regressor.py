@@ -298,7 +298,7 @@ def test_bars_are_for_terminals_and_long_waits(fitted, monkeypatch) -> None:
 
 def test_row_sizes() -> None:
     sizes = [padded_rows(rows) for rows in range(1, 5000)]
-    assert sorted(set(sizes[:128])) == [16, 24, 32, 48, 64, 96, 128]
+    assert sorted(set(sizes[:128])) == [8, 12, 16, 24, 32, 48, 64, 96, 128]
     assert all(rows <= size for rows, size in enumerate(sizes, start=1))
     assert len(set(sizes)) < 20
     assert [power_of_two(limit, 2, 12) for limit in (0.1, 3.9, 4.0, 7.0, 1e9)] == [2, 2, 4, 4, 8]
