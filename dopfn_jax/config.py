@@ -246,6 +246,8 @@ class ModelConfig:
     features_per_token: int = 1
     # Whether rows also carry the predictions of two ridge regressions of the context.
     linear_fit: bool = False
+    # Whether what these predict also moves the answers without passing through the layers.
+    linear_tilt: bool = False
     # Buckets of the bar distribution.
     buckets: int = 100
     # Share of bucket borders spaced evenly, far out in proportion to y, not by quantiles of y.
@@ -265,6 +267,12 @@ class ModelConfig:
             "features_per_token",
             self.features_per_token,
             "use 1 for a token per cell, g for groups of g columns, 0 for one token per row",
+        )
+        _require(
+            self.linear_fit or not self.linear_tilt,
+            "linear_tilt",
+            self.linear_tilt,
+            "needs linear_fit = true",
         )
         _require_at_least(self, 4, "buckets")
         _require(

@@ -40,6 +40,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("model.features_per_token=4", "model.width=80"),
     ),
     "no_regressions": ("no ridge regressions as inputs", ("model.linear_fit=false",)),
+    "tilt": ("the regressions also tilt the answers", ("model.linear_tilt=true",)),
     "narrow": ("width 96", ("model.width=96",)),
     "wide": ("width 192, 4 layers", ("model.width=192", "model.layers=4")),
     "deep": ("width 96, 10 layers", ("model.width=96", "model.layers=10")),

@@ -99,7 +99,7 @@ def _comparable(config: Config) -> Config:
     """With what the peer has too."""
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, linear_fit=False),
+        model=dataclasses.replace(config.model, linear_fit=False, linear_tilt=False),
         training=dataclasses.replace(config.training, optimizer="adamw"),
     )
 

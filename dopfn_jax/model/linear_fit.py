@@ -17,9 +17,11 @@ import jax.numpy as jnp
 
 from dopfn_jax.model.standardise import compress
 
-# Numbers per row: prediction and effect of both fits, leverage, and both fits' share of explained
-# variance, left-one-out.
+# Numbers per row: prediction and effect of the rich fit, prediction of the cautious one, leverage,
+# effect of the cautious one, and both fits' share of explained variance, left-one-out.
 ROW_FEATURES = 7
+# Numbers per row that `leanings` makes of them.
+LEANINGS = 4
 # Penalty: this, plus this per context row; in units of a standardised term. It also bounds how much
 # the normal matrix can magnify rounding where rows are fewer than terms.
 _PENALTY, _PENALTY_PER_ROW = 1.0, 1e-3
@@ -167,6 +169,18 @@ class LinearFit:
         shared = tuple(jnp.broadcast_to(value, t.shape) for value in shared)
         features = jnp.stack([rich, rich_effect, cautious, leverage, *shared], axis=-1)
         return jax.lax.stop_gradient(compress(features))
+
+
+def leanings(features: jax.Array, t: jax.Array) -> jax.Array:
+    """Where the fits say that y lies, and which way the treatment moves it: (B, R, LEANINGS).
+
+    Args:
+        features: (B, R, ROW_FEATURES) of `LinearFit.row_features`.
+        t: (B, R) treatment.
+    """
+    rich, rich_effect, cautious, _, effect, *_ = jnp.moveaxis(features, -1, 0)
+    arm = t - 0.5
+    return jnp.stack([rich, cautious, rich_effect * arm, effect * arm], axis=-1)
 
 
 def _terms(x: jax.Array, t: jax.Array, covariate_mask: jax.Array) -> jax.Array:

@@ -16,8 +16,8 @@ from dopfn_jax.config import ModelConfig
 from dopfn_jax.model.attention import Attention, KeysValues
 from dopfn_jax.model.bar_distribution import BarDistribution
 from dopfn_jax.model.embedding import CellEmbedding, Columns, RowEmbedding
-from dopfn_jax.model.linear_fit import ROW_FEATURES, LinearFit
-from dopfn_jax.model.standardise import Scaler, compress
+from dopfn_jax.model.linear_fit import LEANINGS, ROW_FEATURES, LinearFit, leanings
+from dopfn_jax.model.standardise import LINEAR_RANGE, Scaler, compress
 
 Carry = TypeVar("Carry")
 
@@ -130,6 +130,10 @@ class DoPFN(nnx.Module):
         self.embedding = embedding(config, rngs=rngs)
         if config.linear_fit:
             self.linear_fit = nnx.Linear(ROW_FEATURES, config.width, rngs=rngs)
+        if config.linear_tilt:
+            self.tilt = nnx.Linear(
+                2 * config.width, LEANINGS, kernel_init=nnx.initializers.zeros, rngs=rngs
+            )
 
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
@@ -185,14 +189,14 @@ class DoPFN(nnx.Module):
         Returns:
             (B, M, Q) float32 logits, on the standardised y axis.
         """
-        tokens = self._embed_query(encoded.scaler, encoded.columns, encoded.fit, x, t)
+        tokens, leaning = self._embed_query(encoded.scaler, encoded.columns, encoded.fit, x, t)
 
         def step(tokens: jax.Array, inputs: tuple[Layer, KeysValues]) -> tuple[jax.Array, None]:
             layer, keys_values = inputs
             return layer.query(tokens, encoded.columns.token_mask, keys_values, encoded.mask), None
 
         tokens, _ = self._scan(step, tokens, self.layers, encoded.keys_values)
-        return self._logits(tokens)
+        return self._logits(tokens, leaning)
 
     def __call__(
         self,
@@ -212,7 +216,7 @@ class DoPFN(nnx.Module):
         scaler, columns, fit, context = self._embed_context(
             context_x, context_t, context_y, context_mask, covariate_mask
         )
-        query = self._embed_query(scaler, columns, fit, query_x, query_t)
+        query, leaning = self._embed_query(scaler, columns, fit, query_x, query_t)
 
         def step(
             tokens: tuple[jax.Array, jax.Array], layer: Layer
@@ -226,7 +230,7 @@ class DoPFN(nnx.Module):
         (context, query), _ = self._scan(step, (context, query), layers)
         keys_values = last.last_context(context, columns.token_mask)
         query = last.query(query, columns.token_mask, keys_values, context_mask)
-        return self._logits(query), scaler
+        return self._logits(query, leaning), scaler
 
     def distribution(self, logits: jax.Array) -> BarDistribution:
         """The bar distribution of standardised y."""
@@ -247,14 +251,12 @@ class DoPFN(nnx.Module):
         t = jnp.where(mask, t, 0.0)
         y = jnp.where(mask, compress(scaler.outcome(y)), 0.0)
         columns = self.embedding.columns(x, t, y, mask, covariate_mask)
-        fit = None
-        if self.config.linear_fit:
-            fit = LinearFit.fit(x, t, y, mask, covariate_mask)
-        return scaler, columns, fit, self._embed(columns, fit, x, t, y)
+        fit = LinearFit.fit(x, t, y, mask, covariate_mask) if self.config.linear_fit else None
+        return scaler, columns, fit, self._embed(columns, fit, x, t, y)[0]
 
     def _embed_query(
         self, scaler: Scaler, columns: Columns, fit: LinearFit | None, x: jax.Array, t: jax.Array
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array | None]:
         x = jnp.where(columns.mask[:, None], scaler.covariates(x), 0.0)
         return self._embed(columns, fit, x, t, None)
 
@@ -265,12 +267,17 @@ class DoPFN(nnx.Module):
         x: jax.Array,
         t: jax.Array,
         y: jax.Array | None,
-    ) -> jax.Array:
-        """Tokens (B, C, R, D); what the regressions say goes to the last, which is read out."""
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Tokens (B, C, R, D), and leanings (B, R, LEANINGS) of the regressions if they are used.
+
+        What the regressions say also goes to the last token, which is read out.
+        """
         tokens = self.embedding(columns, x, t, y)
         if fit is None:
-            return tokens
-        return tokens.at[:, -1].add(self.linear_fit(fit.row_features(x, t, y)))
+            return tokens, None
+        features = fit.row_features(x, t, y)
+        leaning = leanings(features, t) if self.config.linear_tilt else None
+        return tokens.at[:, -1].add(self.linear_fit(features)), leaning
 
     def _scan(
         self,
@@ -298,7 +305,17 @@ class DoPFN(nnx.Module):
         others = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[:-1], state))
         return others, nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[-1], state))
 
-    def _logits(self, tokens: jax.Array) -> jax.Array:
-        """Logits (B, M, Q) from the last token of each row."""
+    def _logits(self, tokens: jax.Array, leaning: jax.Array | None) -> jax.Array:
+        """Logits (B, M, Q) from the last token of each row and its leanings (B, M, LEANINGS).
+
+        As the product with an exponential family: what a row leans to is multiplied by how much
+        the network trusts it, and tilts its density along y.
+        """
         tokens = self.head_norm(tokens[:, -1].astype(jnp.float32))
-        return self.head(nnx.gelu(self.head_hidden(tokens)))
+        hidden = nnx.gelu(self.head_hidden(tokens))
+        logits = self.head(hidden)
+        if leaning is None:
+            return logits
+        borders = self.borders[...]
+        middles = compress((borders[1:] + borders[:-1]) / 2) / LINEAR_RANGE
+        return logits + jnp.einsum("bml,bml,q->bmq", self.tilt(hidden), leaning, middles)

@@ -319,8 +319,9 @@ def _stop_signals() -> Iterator[list[int]]:
 
 def _require_same_model(checkpoint: Checkpoint, config: Config) -> None:
     theirs, ours = (dataclasses.asdict(c.model) for c in (checkpoint.config, config))
-    # How the layers are computed is free to change; what they are is not.
-    fields = [name for name in ours if name not in ("compute_dtype", "remat")]
+    # How the layers are computed is free to change, and a tilt may be added; what they are is not.
+    free = {"compute_dtype", "remat"} | ({"linear_tilt"} if ours["linear_tilt"] else set())
+    fields = [name for name in ours if name not in free]
     changed = [
         f"model.{name}: {theirs[name]} -> {ours[name]}"
         for name in fields

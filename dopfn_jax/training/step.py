@@ -122,12 +122,22 @@ class Trainer:
             return jax.jit(self._init, out_shardings=self.shardings)(borders)
 
     def with_weights(self, model: DoPFN) -> TrainState:
-        """A fresh state with a model's weights and bucket borders."""
+        """A fresh state with a model's weights and bucket borders.
+
+        A tilt that the model lacks starts at zero, where it changes no answer.
+        """
         state = self.init(model.borders[...])
-        params = jax.tree.map(np.asarray, nnx.state(model, nnx.Param))
+        own = dict(nnx.to_flat_state(jax.tree.map(np.asarray, nnx.state(model, nnx.Param))))
         # Copies, because the state is donated and the model is the caller's.
         copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=self.shardings.params)
-        return dataclasses.replace(state, params=copy(params), average=copy(params))
+
+        def filled(fresh: nnx.State) -> nnx.State:
+            flat = nnx.to_flat_state(fresh)
+            return copy(nnx.from_flat_state([(path, own.get(path, leaf)) for path, leaf in flat]))
+
+        return dataclasses.replace(
+            state, params=filled(state.params), average=filled(state.average)
+        )
 
     def step(self, state: TrainState, shape: TableShape) -> tuple[TrainState, Metrics]:
         """One update on a fresh batch; the given state is donated. Compiles once per shape."""

@@ -4,7 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from dopfn_jax.model.linear_fit import _PENALTY, _PENALTY_PER_ROW, ROW_FEATURES, LinearFit, invert
+from dopfn_jax.model.linear_fit import (
+    _PENALTY,
+    _PENALTY_PER_ROW,
+    LEANINGS,
+    ROW_FEATURES,
+    LinearFit,
+    invert,
+    leanings,
+)
 
 N, F = 40, 3
 FAST = {"xla_backend_optimization_level": 0}
@@ -128,3 +136,17 @@ def test_no_device_rounds_its_products(table):
     mask, columns = np.ones(y.shape, bool), np.ones((1, F), bool)
     program = str(jax.make_jaxpr(_fit_and_read)(x, t, y, mask, columns, x, t))
     assert program.count("dot_general") == program.count("precision=(Precision.HIGHEST") > 0
+
+
+def test_leanings_are_the_predictions_and_what_the_arm_adds_to_them(table):
+    *_, query_t = table
+    _, query = features(*table)
+    found = np.asarray(leanings(query[None], query_t[None]))[0]
+    assert found.shape == (10, LEANINGS)
+    np.testing.assert_allclose(found[:, 0], query[:, RICH], rtol=1e-6)
+    np.testing.assert_allclose(found[:, 1], query[:, CAUTIOUS], rtol=1e-6)
+    # Half of the effect up under treatment, half of it down without.
+    half = np.where(query_t == 1, 0.5, -0.5)
+    np.testing.assert_allclose(found[:, 2], half * query[:, RICH_EFFECT], rtol=1e-6)
+    np.testing.assert_allclose(found[:, 3], half * query[:, CAUTIOUS_EFFECT], rtol=1e-6)
+    assert abs(found[:, 2:]).max() > 0.1

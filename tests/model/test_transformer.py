@@ -16,7 +16,7 @@ from flax import nnx
 
 from dopfn_jax.config import ModelConfig
 from dopfn_jax.model.bar_distribution import BarDistribution
-from dopfn_jax.model.standardise import Scaler
+from dopfn_jax.model.standardise import LINEAR_RANGE, Scaler
 from dopfn_jax.model.transformer import DoPFN, EncodedContext
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -74,7 +74,7 @@ def _model(features_per_token: int, **changes: Any) -> DoPFN:
         buckets=BUCKETS,
         features_per_token=features_per_token,
         linear_fit=features_per_token == 0,
-        **changes,
+        **{"linear_tilt": features_per_token == 0, **changes},
     )
     rng = np.random.default_rng(1)
 
@@ -148,6 +148,26 @@ def _select(task: Task, rows: slice | np.ndarray, columns: slice | np.ndarray) -
         query_x[..., columns],
         query_t,
     )
+
+
+def test_a_tilt_leans_by_arm_as_the_regressions_do(task: Task) -> None:
+    """By the cautious effect alone, with trust 1: half of it up, half of it down, along y."""
+
+    def logits(trust: float, arm: float) -> np.ndarray:
+        model = _model(0)
+        model.tilt.kernel[...] = jnp.zeros_like(model.tilt.kernel[...])
+        model.tilt.bias[...] = jnp.array([0.0, 0.0, 0.0, trust])
+        asked = task._replace(query_t=np.full_like(task.query_t, arm))
+        return np.asarray(_call(model, asked)[0])
+
+    middles = np.linspace(-3, 3, BUCKETS + 1)
+    middles = (middles[1:] + middles[:-1]) / 2 / LINEAR_RANGE
+    treated, control = (logits(1.0, arm) - logits(0.0, arm) for arm in (1.0, 0.0))
+    np.testing.assert_allclose(treated, -control, atol=2e-5)
+    effects = treated @ middles / (middles @ middles)
+    np.testing.assert_allclose(treated, effects[..., None] * middles, atol=2e-5)
+    np.testing.assert_allclose(effects, effects[:, :1] + np.zeros(M), atol=2e-5)
+    assert (abs(effects) > 5e-4).all() and abs(effects).max() > 0.1
 
 
 class TestOrder:

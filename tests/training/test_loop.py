@@ -12,6 +12,8 @@ from flax import nnx
 
 from dopfn_jax.checkpoints import Checkpoint, CheckpointError
 from dopfn_jax.config import Config, TableShape, TrainingConfig
+from dopfn_jax.model.transformer import DoPFN
+from dopfn_jax.sharding import make_mesh
 from dopfn_jax.training import loop
 from dopfn_jax.training.flops import model_flops
 from dopfn_jax.training.loop import MOST_SKIPPED_IN_A_ROW, TrainingError
@@ -146,6 +148,32 @@ def test_a_new_run_starts_from_given_weights(
     # The state is donated; the caller's weights are not.
     trainer.step(state, shape)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.state(checkpoint.model)))
+
+
+def test_a_tilt_that_the_weights_lack_starts_at_nothing(
+    config: Config, checkpoint: Checkpoint
+) -> None:
+    plain = dataclasses.replace(config.model, features_per_token=0, linear_fit=True)
+    tilted = dataclasses.replace(plain, linear_tilt=True)
+    model = DoPFN(plain, rngs=nnx.Rngs(3))
+    before = dataclasses.replace(
+        checkpoint, model=model, config=dataclasses.replace(config, model=plain)
+    )
+    after = dataclasses.replace(config, model=tilted)
+    loop._require_same_model(before, after)
+    with pytest.raises(CheckpointError, match="linear_tilt: True -> False"):
+        loop._require_same_model(dataclasses.replace(before, config=after), before.config)
+
+    trainer = Trainer(after, make_mesh())
+    state = trainer.with_weights(model)
+    for weights in (state.params, state.average):
+        flat = dict(nnx.to_flat_state(weights))
+        tilt = [np.asarray(flat.pop(path)[...]) for path in [*flat] if path[0] == "tilt"]
+        assert len(tilt) == 2 and not any(leaf.any() for leaf in tilt)
+        own = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+        assert flat.keys() == own.keys()
+        for path, leaf in flat.items():
+            np.testing.assert_array_equal(leaf[...], own[path][...])
 
 
 def test_weights_of_another_model_are_refused_by_field(
