@@ -62,6 +62,7 @@ EVERYTHING = Config(
         mlp_ratio=2,
         features_per_token=3,
         linear_fit=True,
+        linear_tilt=True,
         buckets=7,
         uniform_border_share=0.5,
         compute_dtype="bfloat16",

@@ -10,12 +10,13 @@ Axes: B tables, N rows of a table, M query rows, F covariates, C tokens per row,
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, TypeVar
+from functools import cached_property, partial
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import PyTreeDef
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -31,6 +32,9 @@ CHUNK_ROWS = 2048
 # or fewer, so that attention scores, or keys and values, take at most so many floats (256 MB).
 CHUNK_FLOATS = 2**26
 
+# A few queries of a context that is kept are padded to no more than this.
+_FEWEST_QUERIES = 8
+
 # Ways to summarise a distribution.
 Output = Literal["mean", "median", "mode", "quantiles"]
 
@@ -45,8 +49,15 @@ def _clipped_effects(
     return treated - control
 
 
+def _predict_by_parts(
+    structure: PyTreeDef, leaves: Sequence[jax.Array], *arguments: Any
+) -> BarDistribution:
+    """`predict` by a model that has been taken apart."""
+    return predict(jax.tree.unflatten(structure, leaves), *arguments)
+
+
 jitted_encode = jax.jit(encode)
-jitted_predict = jax.jit(predict)
+jitted_predict = jax.jit(_predict_by_parts, static_argnums=0)
 _encode_each = jax.jit(jax.vmap(encode, in_axes=(None, 0, 0, 0, 0, None)))
 _effects_each = jax.jit(jax.vmap(_clipped_effects, in_axes=(None, 0, None, None, None)))
 
@@ -91,9 +102,9 @@ class Network:
         least one chunk, even for no rows.
         """
         for rows in self.progress(list(self.chunks(len(x), context.mask.shape[-1])), "queries"):
-            size = padded_rows(rows.stop - rows.start)
+            size = padded_rows(rows.stop - rows.start, _FEWEST_QUERIES)
             query = pad(x[rows], size, self.columns)
-            yield jitted_predict(self.model, context, query, pad(t[rows], size)), rows
+            yield jitted_predict(*self._parts, context, query, pad(t[rows], size)), rows
 
     def chunks(self, rows: int, context_rows: int) -> Iterator[slice]:
         """Slices of query rows within the memory budget; at least one, if it is empty."""
@@ -134,6 +145,12 @@ class Network:
         """The items, with a bar on a terminal once they have taken two seconds."""
         disable = None if self.verbose else True
         return tqdm(items, desc=label, delay=2, leave=False, disable=disable)
+
+    @cached_property
+    def _parts(self) -> tuple[PyTreeDef, list[jax.Array]]:
+        """The model taken apart, which JAX does anew in every call and slowly for Flax modules."""
+        leaves, structure = jax.tree.flatten(self.model)
+        return structure, leaves
 
     @property
     def _columns_exist(self) -> NDArray[np.bool_]:
@@ -183,10 +200,13 @@ def encoding_bytes(config: ModelConfig, rows: int, columns: int) -> int:
     return 8 * min(scores, scores_at_once()) + 2 * context_bytes(config, rows, columns)
 
 
-def padded_rows(rows: int) -> int:
-    """The smallest of 8, 12, 16, 24, 32, 48, 64, ... that is at least `rows`."""
-    power = 1 << max(3, (rows - 1).bit_length())
-    return 3 * power // 4 if power > 8 and rows <= 3 * power // 4 else power
+def padded_rows(rows: int, fewest: int = 16) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, 128, ... that is at least `rows`.
+
+    The first is `fewest`, a power of two; with 8 it is followed by 12.
+    """
+    power = max(fewest, 1 << (rows - 1).bit_length())
+    return 3 * power // 4 if power > fewest and rows <= 3 * power // 4 else power
 
 
 def padded_columns(covariates: int, most: int) -> int:
