@@ -317,5 +317,6 @@ class DoPFN(nnx.Module):
         if leaning is None:
             return logits
         borders = self.borders[...]
+        # In units that keep the first steps of training from shaking the outermost buckets.
         middles = compress((borders[1:] + borders[:-1]) / 2) / LINEAR_RANGE
         return logits + jnp.einsum("bml,bml,q->bmq", self.tilt(hidden), leaning, middles)
