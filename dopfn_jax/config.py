@@ -145,6 +145,8 @@ class WidePriorConfig:
     mechanisms: tuple[str, ...] = (
         "linear",
         "linear",
+        "linear",
+        "linear",
         "square",
         "relu",
         "tanh",
@@ -188,6 +190,8 @@ class WidePriorConfig:
         "identity",
         "identity",
         "identity",
+        "identity",
+        "identity",
         "tanh",
         "exponential",
         "square",
@@ -205,7 +209,7 @@ class WidePriorConfig:
     # Share of tasks whose outcome is multiplied by -1, so that effects are as often negative.
     mirrored_share: float = 0.5
     # Standard deviation of the outcome's noise, as a multiple of its signal's: log-uniform.
-    noise_ratio: tuple[float, float] = (0.02, 4.0)
+    noise_ratio: tuple[float, float] = (0.02, 8.0)
     heteroscedastic_share: float = 0.3
     missing_share: float = 0.2
     # Share of tasks with duplicated columns; each replaces another, whose node is then hidden.
@@ -338,6 +342,9 @@ class TrainingConfig:
     # Weight of the loss of effects beside the negative log-likelihood. Above 0, half as many query
     # rows are asked about, each under both treatments.
     effect_weight: float = 0.0
+    # Outcomes per query row of the wide prior that the likelihood averages over, each with its own
+    # draw of the outcome's noise: the same loss on average, with less noise in its gradient.
+    outcome_draws: int = 1
     # Parts that a batch is computed in, one after another: the same update in less memory.
     accumulate: int = 1
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -358,10 +365,16 @@ class TrainingConfig:
     checkpoint_minutes: float = 5.0
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 1, "steps", "accumulate", "log_every")
+        _require_at_least(self, 1, "steps", "accumulate", "log_every", "outcome_draws")
         _require_at_least(self, 0, "seed", "warmup_steps", "validate_every", "weight_decay")
         _require_at_least(self, 0, "checkpoint_minutes", "effect_weight")
         _require_positive(self, "learning_rate", "clip_norm")
+        _require(
+            self.outcome_draws == 1 or not self.effect_weight,
+            "outcome_draws",
+            self.outcome_draws,
+            f"must be 1 where effect_weight is above 0, and it is {self.effect_weight}",
+        )
         for shape in self.shapes:
             _require(
                 not self.effect_weight or shape.rows - shape.context[0] > 1,

@@ -54,6 +54,8 @@ class Task:
         covariate_mask: (F,) bool, columns that exist.
         valid: () bool, False for degenerate tasks, which hold zeros and must carry no loss.
         y0, y1: (M,) potential outcomes of the query rows under do(0) and do(1), or None.
+        query_draws: (D, M) what else `query_y` might have been: the outcome's own noise drawn
+            anew, unless a column tells of it; or None.
     """
 
     context_x: jax.Array
@@ -68,6 +70,7 @@ class Task:
     valid: jax.Array
     y0: jax.Array | None = None
     y1: jax.Array | None = None
+    query_draws: jax.Array | None = None
 
 
 def sample_tasks(
@@ -328,17 +331,18 @@ def mask_degenerate(task: Task) -> Task:
     in_context, in_query = valid & mask, valid & task.query_mask
 
     def keep(rows: jax.Array, values: jax.Array) -> jax.Array:
-        return jnp.where(rows if values.ndim == 1 else rows[:, None], values, 0.0)
+        return jnp.where(rows, values, 0.0)
 
     return dataclasses.replace(
         task,
-        context_x=keep(in_context, task.context_x),
+        context_x=keep(in_context[:, None], task.context_x),
         context_t=keep(in_context, task.context_t),
         context_y=keep(in_context, task.context_y),
-        query_x=keep(in_query, task.query_x),
+        query_x=keep(in_query[:, None], task.query_x),
         query_t=keep(in_query, task.query_t),
         query_y=keep(in_query, task.query_y),
         valid=valid,
         y0=None if task.y0 is None else keep(in_query, task.y0),
         y1=None if task.y1 is None else keep(in_query, task.y1),
+        query_draws=None if task.query_draws is None else keep(in_query[None], task.query_draws),
     )

@@ -47,6 +47,7 @@ def ask_both_arms(task: Task, rows: int) -> Task:
         query_mask=twice(task.query_mask, task.query_mask),
         y0=None,
         y1=None,
+        query_draws=None,
     )
 
 
@@ -55,7 +56,7 @@ class Score:
     """How well a model answers the queries of a batch of tasks, on the standardised y axis.
 
     Attributes:
-        log_likelihood: (B, M) of the targets.
+        log_likelihood: (B, M) of the targets; where rows have several draws, their mean.
         error: (B, M) the mean less the target.
         variance: (B, M) that the model predicts.
         weight: (B, M) 1, or 0 where the row or its task is masked.
@@ -116,9 +117,13 @@ def score(model: DoPFN, task: Task) -> Score:
     """Compares the model's answers with the targets of a batch of tasks."""
     logits, scaler = answer(model, task)
     prediction, target = model.distribution(logits), scaler.outcome(task.query_y)
-    limited = jnp.clip(target, -TARGET_LIMIT, TARGET_LIMIT)
+    targets = target[None]
+    if task.query_draws is not None:
+        draws = jax.vmap(scaler.outcome, in_axes=1)(task.query_draws)
+        targets = jnp.concatenate([targets, draws])
+    limited = jnp.clip(targets, -TARGET_LIMIT, TARGET_LIMIT)
     return Score(
-        log_likelihood=prediction.log_prob(limited),
+        log_likelihood=prediction.log_prob(limited).mean(axis=0),
         error=prediction.mean - target,
         variance=prediction.variance,
         weight=(task.query_mask & task.valid[:, None]).astype(jnp.float32),

@@ -252,7 +252,8 @@ class Trainer:
 
         def of_part(first: jax.Array | int) -> _Sums:
             effect_weight, prior = self.config.training.effect_weight, self.config.prior_of(part)
-            task = sample_batch(key, prior, part, self.mesh, first, effect_weight > 0)
+            draws = self.config.training.outcome_draws
+            task = sample_batch(key, prior, part, self.mesh, first, effect_weight > 0, draws)
             if effect_weight:
                 task = ask_both_arms(task, task.query_t.shape[1] // 2)
 
@@ -340,12 +341,14 @@ def sample_batch(
     mesh: Mesh,
     first: jax.Array | int = 0,
     potential_outcomes: bool = False,
+    outcome_draws: int = 1,
 ) -> Task:
     """Tasks `first`, `first` + 1, ... of a batch, split over the mesh's data axis.
 
     They are sampled where they are used. Task i depends on (key, i) alone, so the data is bitwise
     the same on any mesh, in any number of processes, and in however many parts a batch is taken.
-    Inside `shard_map` the rejection loops of random samplers stay local to each device.
+    Inside `shard_map` the rejection loops of random samplers stay local to each device. Only the
+    wide prior has more than one of `outcome_draws`.
     """
     local = shape.tasks // mesh.shape["data"]
 
@@ -355,7 +358,7 @@ def sample_batch(
         rows, context = shape.rows, shape.context
         if isinstance(prior, WidePriorConfig):
             return sample_wide_tasks(
-                keys, prior, rows, context, shape.covariates, potential_outcomes
+                keys, prior, rows, context, shape.covariates, potential_outcomes, outcome_draws
             )
         return sample_tasks(keys, prior, rows, context, potential_outcomes)
 

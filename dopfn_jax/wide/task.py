@@ -9,6 +9,7 @@ Axes: K pre-treatment nodes, P post-treatment nodes, J indices of a mechanism, R
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +40,19 @@ def sample_wide_tasks(
     context: tuple[int, int],
     covariates: tuple[int, int],
     potential_outcomes: bool = False,
+    outcome_draws: int = 1,
 ) -> Task:
     """A batch of independent tasks: `sample_wide_task` over (B,) keys."""
-    return jax.vmap(
-        lambda key: sample_wide_task(key, prior, rows, context, covariates, potential_outcomes)
-    )(keys)
+    sample = partial(
+        sample_wide_task,
+        prior=prior,
+        rows=rows,
+        context=context,
+        covariates=covariates,
+        potential_outcomes=potential_outcomes,
+        outcome_draws=outcome_draws,
+    )
+    return jax.vmap(sample)(keys)
 
 
 def sample_wide_task(
@@ -53,6 +62,7 @@ def sample_wide_task(
     context: tuple[int, int],
     covariates: tuple[int, int],
     potential_outcomes: bool = False,
+    outcome_draws: int = 1,
 ) -> Task:
     """One task of the wide prior.
 
@@ -64,6 +74,7 @@ def sample_wide_task(
             others are queries.
         covariates: closed interval from which the number of shown columns is drawn log-uniformly.
         potential_outcomes: also return y(0) and y(1) of the query rows.
+        outcome_draws: outcomes per query row; all but `query_y` itself are in `query_draws`.
 
     Returns:
         A Task with N = context[1], M = rows - context[0] and F = covariates[1]; its covariates have
@@ -147,42 +158,63 @@ def sample_wide_task(
     hetero = draws["hetero"] < prior.heteroscedastic_share
     spread = jnp.exp(jnp.where(hetero, draws["hetero_size"], 0.0) * jnp.clip(scale, -3.0, 3.0))
     noise_scale = _log_uniform(draws["noise_ratio"], prior.noise_ratio) * observed_signal.std()
-    disturbance = noise_scale * spread * noise[-1]
+    noise_scale = noise_scale * spread
+    disturbance = noise_scale * noise[-1]
     location = (observed_signal + disturbance).mean()
     deviation = jnp.maximum((observed_signal + disturbance).std(), 1e-12)
 
-    def standardised_outcome(t: jax.Array) -> jax.Array:
-        return (signal(t) + disturbance - location) / deviation
+    def standardised(y: jax.Array) -> jax.Array:
+        return (y - location) / deviation
 
     # Most mechanisms lean to one side (squares, exponentials, counts), mirrored ones to the other.
     side = jnp.where(draws["outcome_mirror"] < prior.mirrored_share, -1.0, 1.0)
 
-    def outcome(t: jax.Array) -> jax.Array:
+    def outcome(signal: jax.Array, disturbance: jax.Array) -> jax.Array:
         return side * apply(
             OUTCOME_KINDS,
             prior.outcome_kinds,
             pick(draws["outcome_kind"], prior.outcome_kinds),
-            standardised_outcome(t),
+            standardised(signal + disturbance),
             draws["outcome_u"],
             draws["outcome_v"],
         )
 
     # A post-treatment node that is no mediator hears the outcome.
     hears = jnp.where(is_mediator, 0.0, 2.0 * _signed(draws["post_weight"]))
-    post_observed = post_untreated + post_effect * t[None] + hears * standardised_outcome(t)[None]
+    heard = hears * standardised(observed_signal + disturbance)[None]
+    post_observed = post_untreated + post_effect * t[None] + heard
     post_draws = {name: draws[name][k:] for name in _NODE_DRAWS}
     post_shown = _render(post_draws, prior, _standardise(post_observed))
     pool = jnp.concatenate([z, post_shown])
     candidates = jnp.concatenate([active, post_active[:, 0]])
     x = _columns(draws, prior, pool, candidates, shown, most)
 
-    y = outcome(t)
+    y = outcome(observed_signal, disturbance)
     low, high = context
     query_t = (draws["query_t"] < 0.5).astype(jnp.float32)[low:]
-    arms = [outcome(jnp.zeros_like(t))[low:], outcome(jnp.ones_like(t))[low:]]
+    signals = [signal(jnp.zeros_like(t))[low:], signal(jnp.ones_like(t))[low:]]
+    arms = [outcome(of_arm, disturbance[low:]) for of_arm in signals]
+    query_y = jnp.where(query_t > 0.5, arms[1], arms[0])
     sane = (jnp.abs(pool) < LARGEST_VALUE).all()
     for values in (y, *arms):
         sane &= (jnp.abs(values) < LARGEST_VALUE).all()
+
+    query_draws = None
+    if outcome_draws > 1:
+        anew = noise_scale[None, low:] * sample_noise(
+            jax.random.fold_in(noise_key, 1),
+            jnp.repeat(noise_family[-1:], outcome_draws - 1),
+            jnp.ones(outcome_draws - 1),
+            rows - low,
+            prior.noise_families,
+        )
+        # What hears the outcome tells of its noise.
+        told = (~is_mediator & post_active).any()
+        disturbances = jnp.where(told, disturbance[None, low:], anew)
+        query_signal = jnp.where(query_t > 0.5, signals[1], signals[0])
+        query_draws = outcome(query_signal[None], disturbances)
+        sane &= (jnp.abs(query_draws) < LARGEST_VALUE).all()
+
     context_rows = low + jnp.floor(draws["context_rows"] * (high - low + 1)).astype(jnp.int32)
     return mask_degenerate(
         Task(
@@ -192,12 +224,13 @@ def sample_wide_task(
             context_mask=jnp.arange(high) < context_rows,
             query_x=x[:, low:].T,
             query_t=query_t,
-            query_y=jnp.where(query_t > 0.5, arms[1], arms[0]),
+            query_y=query_y,
             query_mask=jnp.arange(low, rows) >= context_rows,
             covariate_mask=jnp.arange(most) < shown,
             valid=sane,
             y0=arms[0] if potential_outcomes else None,
             y1=arms[1] if potential_outcomes else None,
+            query_draws=query_draws,
         )
     )
 

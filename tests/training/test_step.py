@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from dopfn_jax.config import Config, ConfigError, TableShape, preset_names
+from dopfn_jax.model.transformer import DoPFN
 from dopfn_jax.prior import Task
 from dopfn_jax.sharding import MeshError
 from dopfn_jax.training.optimizer import make_optimizer
@@ -311,6 +312,25 @@ def test_the_effect_loss_is_of_differences_in_predicted_standard_deviations() ->
     ]
     slope = 2 * EFFECT_LIMIT / np.sqrt(0.02)
     np.testing.assert_allclose(np.diff(steps), slope, rtol=1e-4)
+
+
+def test_the_likelihood_of_several_draws_is_their_mean(trainer: Trainer) -> None:
+    shape = TableShape(rows=28, context=(8, 12), tasks=8, covariates=(1, 2))
+    task = sample_batch(
+        jax.random.key(3), trainer.config.wide, shape, trainer.mesh, outcome_draws=3
+    )
+    draws = [task.query_y, task.query_draws[:, 0], task.query_draws[:, 1]]
+    assert not np.array_equal(draws[0], draws[1])
+    model = DoPFN(trainer.config.model, rngs=nnx.Rngs(0))
+    model.borders[...] = jnp.linspace(-3.0, 3.0, trainer.config.model.buckets + 1)
+    together = nnx.jit(score)(model, task)
+    alone = [
+        nnx.jit(score)(model, dataclasses.replace(task, query_y=y, query_draws=None)) for y in draws
+    ]
+    np.testing.assert_allclose(
+        together.log_likelihood, np.mean([s.log_likelihood for s in alone], axis=0), rtol=1e-5
+    )
+    np.testing.assert_array_equal(together.error, alone[0].error)
 
 
 @pytest.mark.slow

@@ -176,6 +176,44 @@ def test_every_part_together_gives_finite_tables():
     assert np.isnan(batch.context_x).any()
 
 
+def sample_with_draws(prior: WidePriorConfig) -> Task:
+    sample = jax.jit(
+        lambda keys: sample_wide_tasks(
+            keys, prior, ROWS, CONTEXT, COVARIATES, potential_outcomes=True, outcome_draws=33
+        )
+    )
+    return jax.device_get(sample(jax.random.split(jax.random.key(0), 64)))
+
+
+def test_further_draws_have_the_outcomes_distribution_and_change_nothing_else():
+    prior = dataclasses.replace(PLAIN, noise_ratio=(0.5, 2.0))
+    with_draws, without = sample_with_draws(prior), tasks(prior)
+    for name in ("context_x", "context_y", "query_y", "y0", "y1", "query_mask"):
+        np.testing.assert_array_equal(getattr(with_draws, name), getattr(without, name))
+    assert without.query_draws is None
+    draws, rows = with_draws.query_draws, with_draws.query_mask & with_draws.valid[:, None]
+    assert draws.shape == (64, 32, ROWS - CONTEXT[0])
+    assert not np.moveaxis(draws, 1, 2)[~rows].any()
+    # 32 draws and `query_y` are 33 draws of the same: it ranks anywhere among them.
+    rank = (draws < with_draws.query_y[:, None]).mean(axis=1)[rows]
+    assert 0.45 < rank.mean() < 0.55 and 0.22 < (np.abs(rank - 0.5) > 0.375).mean() < 0.30
+    # Their noise is drawn for each row: no common part is left in a row's mean.
+    noise = (with_draws.query_y - draws.mean(axis=1))[rows]
+    other = (draws[:, 0] - draws.mean(axis=1))[rows]
+    assert abs(np.corrcoef(noise, other)[0, 1]) < 0.1
+
+
+def test_noise_that_a_column_tells_of_is_not_drawn_anew():
+    prior = dataclasses.replace(PLAIN, post_treatment_share=1.0, noise_ratio=(0.5, 2.0))
+    batch = sample_with_draws(prior)
+    rows = batch.query_mask & batch.valid[:, None]
+    close = np.isclose(batch.query_draws, batch.query_y[:, None], rtol=1e-5, atol=1e-5)
+    same = close.mean(axis=(1, 2), where=rows[:, None])[batch.valid]
+    assert ((same < 0.01) | (same == 1.0)).all()
+    # Four of ten nodes after the treatment hear the outcome; here there is one.
+    assert 0.2 < same.mean() < 0.65
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
