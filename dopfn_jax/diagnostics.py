@@ -20,8 +20,9 @@ FOLDS = 2
 # The central share of a prior's tables that counts as usual.
 USUAL = (0.005, 0.995)
 # Statistics whose low values are plain, not unusual: a balanced binary outcome has neither tail nor
-# skewness.
+# skewness; in a trial the score of a short table's other half ranks worse than chance.
 MAGNITUDES = (
+    "overlap_auc",
     "difference",
     "adjusted_difference",
     "outcome_tail",

@@ -132,9 +132,10 @@ def test_kinds_of_tables_have_the_columns_of_the_shapes_of_about_that_length():
 
 
 def test_what_cannot_be_told_and_what_is_plain_are_not_unlike():
-    ranges = {"treated_share": (0.1, 0.9), "outcome_tail": (1.2, 9.0)}
-    assert unlike({"treated_share": float("nan"), "outcome_tail": 1.0}, ranges) == {}
-    strange = {"treated_share": 0.05, "outcome_tail": 9.5}
+    ranges = {"treated_share": (0.1, 0.9), "outcome_tail": (1.2, 9.0), "overlap_auc": (0.3, 0.9)}
+    plain = {"treated_share": float("nan"), "outcome_tail": 1.0, "overlap_auc": 0.2}
+    assert unlike(plain, ranges) == {}
+    strange = {"treated_share": 0.05, "outcome_tail": 9.5, "overlap_auc": 0.95}
     assert unlike(strange, ranges) == {name: (strange[name], *ranges[name]) for name in ranges}
 
 
