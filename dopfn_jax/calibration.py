@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dopfn_jax.cells import Data, TableError
 from dopfn_jax.estimators import DoPFNRegressor
 from dopfn_jax.model.bar_distribution import BarDistribution
-from dopfn_jax.tables import read_outcome
+from dopfn_jax.tables import check_order, read_outcome
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -102,6 +102,7 @@ def calibration_report(
     nominal = np.asarray(levels, np.float64)
     if nominal.ndim != 1 or not nominal.size or not ((nominal > 0) & (nominal < 1)).all():
         raise ValueError(f"levels are {levels!r}, but must lie between 0 and 1.")
+    check_order(X=X, t=t, y=y)
     x, treatment = model._read_query(X, t)
     outcome = model.schema_.outcome
     if model.schema_.binary_outcome:

@@ -149,7 +149,7 @@ def _is_missing(value: Any) -> bool:
 def _category(value: Any) -> str:
     """Name of a category: the same for "1", 1 and 1.0."""
     is_number = isinstance(value, numbers.Real) and value is not True and value is not False
-    return f"{float(value):.17g}" if is_number else str(value).strip()
+    return repr(float(value)).removesuffix(".0") if is_number else str(value).strip()
 
 
 def _check_finite(values: NDArray[np.float64], label: str) -> NDArray[np.float64]:

@@ -51,11 +51,11 @@ class Scale:
 
     @classmethod
     def fit(cls, values: NDArray[np.float64]) -> Self:
-        """Mean and standard deviation of the values that are not NaN; scale 1 if all are equal."""
+        """Mean and standard deviation of what is not NaN; scale 1 if only rounding differs."""
         present = values[~np.isnan(values)]
         lowest, highest = (present.min(), present.max()) if present.size else (0.0, 0.0)
         spread = highest - lowest
-        if not spread:
+        if spread <= rounding(present):
             return cls(float(lowest), 1.0)
         # In units of the spread, so that squares neither overflow nor vanish.
         deviation = spread * ((present - lowest) / spread).std()
@@ -63,7 +63,9 @@ class Scale:
 
     def standardise(self, values: NDArray[np.float64]) -> NDArray[np.float32]:
         """Values in their own units -> standardised float32."""
-        return np.clip((values - self.loc) / self.scale, -_FAR, _FAR).astype(np.float32)
+        offset = values - self.loc
+        offset = np.where(np.abs(offset) <= rounding(np.array([self.loc])), 0.0, offset)
+        return np.clip(offset / self.scale, -_FAR, _FAR).astype(np.float32)
 
     def restore(self, values: ArrayLike) -> NDArray[np.float64]:
         """Standardised values -> float64 in the column's own units."""
@@ -85,18 +87,26 @@ class Column:
     scale: Scale
 
     def decode(self, cells: NDArray[np.float32]) -> NDArray[np.object_]:
-        """Standardised cells -> categories or numbers to six digits; None where missing."""
+        """Standardised cells -> categories or numbers; None where missing.
+
+        Numbers are rounded to what float32 keeps of the column, unless that makes two of them one.
+        """
         distinct, index = np.unique(cells, return_inverse=True)
-
-        def value(cell: float) -> str | float | None:
-            if math.isnan(cell):
-                return None
-            if self.categories is None:
-                return float(f"{cell:.6g}")
-            return self.categories[round(cell)]
-
-        values = np.empty(len(distinct), object)
-        values[:] = [value(cell) for cell in self.scale.restore(distinct)]
+        numbers = self.scale.restore(distinct).tolist()
+        present = [number for number in numbers if not math.isnan(number)]
+        labels: list[str | float]
+        if self.categories is None:
+            labels = present
+            fewest = 4 - math.floor(math.log10(self.scale.scale))
+            for digits in range(fewest, fewest + 4):
+                rounded = [round(number, digits) + 0.0 for number in present]  # no -0.0
+                if len(set(rounded)) == len(rounded):
+                    labels = rounded
+                    break
+        else:
+            labels = [self.categories[round(number)] for number in present]
+        values = np.full(len(distinct), None, object)
+        values[: len(labels)] = labels  # missing cells sort last
         return values[index]
 
 
@@ -149,7 +159,7 @@ class Schema:
                 f"{_label('treatment t', t)} is {treatment[0]:g} in all {len(treatment)} rows: an "
                 "effect needs rows with treatment 0 and rows with treatment 1."
             )
-        if np.ptp(outcome) <= 8 * np.finfo(np.float64).eps * np.abs(outcome).max():
+        if np.ptp(outcome) <= rounding(outcome):
             raise TableError(
                 f"{_label('outcome y', y)} is {outcome[0]:g} in all {len(outcome)} rows: a "
                 "constant outcome says nothing about an effect; check that it is the right column."
@@ -224,6 +234,11 @@ class Schema:
         )
         outcome = Scale(**values["outcome"])
         return cls(columns, values["named"], outcome, values["binary_outcome"])
+
+
+def rounding(values: NDArray[np.float64]) -> float:
+    """By how much values may differ that would be equal but for rounding; 0 for none."""
+    return float(8 * np.finfo(np.float64).eps * np.abs(values).max(initial=0.0))
 
 
 def read_treatment(t: Data) -> NDArray[np.float32]:
@@ -304,6 +319,8 @@ def _read_columns(X: Data | None, rows: int) -> tuple[dict[str | int, Cells], bo
     """The columns of X by name or position, whether they came with names, and their length."""
     if X is None:
         return {}, False, rows
+    if not isinstance(X, pd.DataFrame | pd.Series) and hasattr(X, "to_pandas"):  # Polars, Arrow
+        X = X.to_pandas()
     if isinstance(X, pd.DataFrame):
         columns: dict[str | int, Cells] = {}
         for name, cells in X.items():
@@ -313,7 +330,11 @@ def _read_columns(X: Data | None, rows: int) -> tuple[dict[str | int, Cells], bo
         return columns, True, len(X)
     array = read_array(X, "X")
     if array.ndim != 2:
-        remedy = "; for one covariate use X.reshape(-1, 1)" if array.ndim == 1 else ""
+        remedy = ""
+        if isinstance(X, pd.Series):
+            remedy = "; for one covariate use X.to_frame(), for one row X.to_frame().T"
+        elif array.ndim == 1:
+            remedy = "; for one covariate use X.reshape(-1, 1), for one row X.reshape(1, -1)"
         raise TableError(f"X has shape {array.shape}, but must be (rows, covariates){remedy}.")
     return dict(enumerate(array.T)), False, len(array)
 

@@ -122,6 +122,24 @@ class TestAccepted:
             query = fitted["a"].astype(int).astype(dtype).to_frame()
             np.testing.assert_array_equal(schema.read_covariates(query), table.x)
 
+    def test_a_column_that_only_rounding_varies_is_constant(self) -> None:
+        schema, table = fit(np.array([[0.1 + 0.2, 0.3, 0.3] * 2]).T)
+        np.testing.assert_array_equal(table.x, np.zeros((6, 1)))
+        np.testing.assert_allclose(schema.read_covariates([[0.31]]), [[0.01]], rtol=1e-6)
+
+    def test_frames_of_other_libraries_keep_their_names(self) -> None:
+        class Frame:
+            """As those of Polars and Arrow."""
+
+            def __init__(self, table: pd.DataFrame):
+                self.to_pandas = table.copy
+                self.__array__ = table.to_numpy
+
+        X = pd.DataFrame({"a": Y, "b": T})
+        schema, table = fit(Frame(X))
+        assert [column.name for column in schema.columns] == ["a", "b"]
+        np.testing.assert_array_equal(schema.read_covariates(Frame(X[["b", "a"]])), table.x)
+
     def test_columns_of_a_data_frame_are_matched_by_name(self) -> None:
         X = pd.DataFrame({"a": Y, "b": ["u", "v"] * 3, 3: T})
         schema, table = fit(X)
@@ -196,7 +214,7 @@ class TestRefused:
         ("X", "message"),
         [
             (Y, r"X has shape \(6,\).*reshape\(-1, 1\)"),
-            (pd.Series(Y), r"X has shape \(6,\)"),
+            (pd.Series(Y), r"X has shape \(6,\).* X\.to_frame\(\), for one row X\.to_frame\(\)\.T"),
             (np.zeros((6, 1, 1)), r"X has shape \(6, 1, 1\), but must be \(rows, covariates\)"),
             (np.array(3.0), r"X has shape \(\)"),
             ([[1], [1, 2]], "X cannot be read as an array"),

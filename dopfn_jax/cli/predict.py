@@ -25,8 +25,10 @@ Examples:
 """
 
 import argparse
+import dataclasses
 import json
 import os
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -106,6 +108,8 @@ def run(options: argparse.Namespace) -> None:
         model = DoPFNRegressor(**_settings(options), verbose=True).fit(X, t, y)
     say("estimating average effects and their intervals")
     summary = model.summary(alpha=options.alpha)
+    warned = (*_unnamed_left_out(table, X), *summary.warnings)
+    summary = dataclasses.replace(summary, warnings=warned)
     say("answering for every row")
     effects = _effects(model, X)
     _write(effects, output)
@@ -119,7 +123,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps({**summary.to_dict(), **files}, indent=2))
     else:
-        _print(summary, options)
+        _print(summary, list(X.columns), options)
         print(
             *(f"{name.replace('_', ' ')}: {file}" for name, file in files.items() if file), sep="\n"
         )
@@ -133,13 +137,15 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if value is not None}
 
 
-def _print(summary: "Summary", options: argparse.Namespace) -> None:
+def _print(summary: "Summary", covariates: list[str], options: argparse.Namespace) -> None:
+    from dopfn_jax.cells import listed
     from dopfn_jax.estimators.diagnostics import number_format
 
     show = number_format(summary.ate_interval[1] - summary.ate_interval[0])
     control, treated = summary.arm_sizes
     name = options.treatment
-    print(f"{options.data}: {summary.rows:,} rows, {summary.covariates} covariates")
+    names = f" ({listed(covariates, str, most=12)})" if covariates else ""
+    print(f"{options.data}: {summary.rows:,} rows, {len(covariates)} covariates{names}")
     print(f"arms: {treated:,} rows with {name} = 1, {control:,} with {name} = 0")
     print(f"difference in means of {options.outcome}: {show(summary.difference_in_means)}")
     level = f"{100 * (1 - options.alpha):g} %"
@@ -203,7 +209,7 @@ def _covariates(options: argparse.Namespace, table: "pd.DataFrame") -> list[str]
     if options.no_covariates:
         return []
     if options.covariates is None:
-        return [name for name in table.columns if name not in taken]
+        return [name for name in table.columns if name not in taken and not _is_unnamed(name)]
     names: list[str] = []
     for word in options.covariates:
         # A comma may be part of a name.
@@ -213,6 +219,21 @@ def _covariates(options: argparse.Namespace, table: "pd.DataFrame") -> list[str]
         if name in taken:
             raise ValueError(f"--covariates {name!r}: is the treatment or the outcome already.")
     return list(dict.fromkeys(names))
+
+
+def _is_unnamed(column: str) -> bool:
+    """Whether pandas made the name up: such a column is mostly the index of a saved frame."""
+    return re.fullmatch(r"Unnamed: \d+", column) is not None
+
+
+def _unnamed_left_out(table: "pd.DataFrame", X: "pd.DataFrame") -> list[str]:
+    """A sentence for each column without a name that is not used."""
+    return [
+        f"a column without a name ({name!r}) is left out, as it looks like an index; give it by "
+        "--covariates to use it"
+        for name in table.columns
+        if _is_unnamed(name) and name not in X.columns
+    ]
 
 
 def _effects(model: "DoPFNRegressor", X: "pd.DataFrame") -> "pd.DataFrame":

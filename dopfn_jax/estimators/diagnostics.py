@@ -17,8 +17,6 @@ from dopfn_jax.checkpoints import Checkpoint
 from dopfn_jax.diagnostics import unlike_usual
 from dopfn_jax.tables import Table
 
-# A propensity nearer than this to 0 or 1 leaves hardly any unit to compare with.
-EXTREME_PROPENSITY = 0.05
 # An arm whose weighted rows are worth fewer than this share of its rows overlaps poorly.
 _POOR_OVERLAP = 0.3
 _FEW_ROWS = 10
@@ -44,8 +42,7 @@ class Overlap:
         arm_sizes: rows with t = 0 and with t = 1.
         effective_sizes: what the rows of each arm are worth when weighted by the inverse
             probability of their treatment: (sum w)^2 / sum w^2 (Kish, 1965).
-        extreme_share: share of rows with a propensity below 0.05 or above 0.95; 0 without
-            covariates.
+        extreme_share: share of rows with a propensity nearer to 0 or 1 than `least_propensity`.
     """
 
     propensity: NDArray[np.float64]
@@ -194,10 +191,18 @@ def estimate_overlap(table: Table) -> Overlap:
         weights.sum() ** 2 / np.square(weights).sum()
         for weights in (1 / (1 - propensity[~treated]), 1 / propensity[treated])
     ]
-    extreme = np.minimum(propensity, 1 - propensity) < EXTREME_PROPENSITY
-    # Without covariates it is the arms that are unequal, not the rows.
-    share = float(extreme.mean()) if table.x.shape[1] else 0.0
-    return Overlap(propensity, sizes, (float(effective[0]), float(effective[1])), share)
+    extreme = np.minimum(propensity, 1 - propensity) < least_propensity(sizes)
+    effective_sizes = (float(effective[0]), float(effective[1]))
+    return Overlap(propensity, sizes, effective_sizes, float(extreme.mean()))
+
+
+def least_propensity(arm_sizes: tuple[int, int]) -> float:
+    """A propensity nearer than this to 0 or 1 leaves hardly any unit to compare with.
+
+    0.05, or half the share of the rarer arm if that is less: in a trial that treats few, all rows
+    are alike.
+    """
+    return min(0.05, min(arm_sizes) / sum(arm_sizes) / 2)
 
 
 def observational(checkpoint: Checkpoint) -> list[str]:

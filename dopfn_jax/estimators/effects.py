@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
 from dopfn_jax.cells import Data, TableError
-from dopfn_jax.estimators.diagnostics import EXTREME_PROPENSITY, estimate_overlap
+from dopfn_jax.estimators.diagnostics import estimate_overlap, least_propensity
 from dopfn_jax.estimators.fitting import InContextEstimator
 from dopfn_jax.tables import Schema, check_order, read_treatment
 
@@ -30,7 +30,8 @@ _LEVELS = 64
 class EffectEstimator(InContextEstimator):
     """Effects of the treatment, in the vocabulary of EconML.
 
-    Every `_interval` method but `individual_effect_interval` is the estimate plus and minus the
+    Every `_interval` method but `individual_effect_interval` and `aipw_ate_interval`, which say
+    what they are, is the estimate plus and minus the
     normal quantile of 1 - alpha / 2 times a standard error: the spread of the same estimate over
     `n_resamples` random halves of the fitted table, drawn without replacement within each arm. (An
     estimate from half of the rows varies around that from all of them as that one varies around the
@@ -63,6 +64,7 @@ class EffectEstimator(InContextEstimator):
         Raises:
             TableError: X, T0 or T1 do not fit the fitted table.
         """
+        check_order(X=X, T0=T0, T1=T1)
         x = self._read_rows(X)
         direction = _direction(T0, T1, len(x))
         # A row that is compared with itself or backwards needs no answer of its own.
@@ -90,6 +92,7 @@ class EffectEstimator(InContextEstimator):
             ValueError: alpha is outside (0, 1).
         """
         reach = reach_of(alpha)
+        check_order(X=X, T0=T0, T1=T1)
         x = self._read_rows(X)
         direction = _direction(T0, T1, len(x))
         estimate = direction * self._member_effects(x).mean(axis=0)
@@ -286,7 +289,7 @@ class EffectEstimator(InContextEstimator):
         `ate` also weighs what the prior deems likely, hidden confounders among it. So it is the
         better answer in large tables without hidden confounders, whatever the prior, and the
         noisier one in small tables or with poor overlap (propensities are kept 0.05 away from 0
-        and 1).
+        and 1, or half the share of the rarer arm if that is less).
 
         Returns:
             A number in the units of y.
@@ -328,8 +331,9 @@ class EffectEstimator(InContextEstimator):
         check_is_fitted(self)
         self._require_two_rows_per_arm("a doubly robust estimate")
         table = self.table_
-        propensity = estimate_overlap(table).propensity
-        propensity = propensity.clip(EXTREME_PROPENSITY, 1 - EXTREME_PROPENSITY)
+        overlap = estimate_overlap(table)
+        least = least_propensity(overlap.arm_sizes)
+        propensity = overlap.propensity.clip(least, 1 - least)
         expected = self._means(table.x, table.t, self._contexts).mean(axis=0)
         weight = np.where(table.t == 1, 1 / propensity, -1 / (1 - propensity))
         return self.schema_.outcome.scale * weight * (table.y - expected)

@@ -36,7 +36,7 @@ from dopfn_jax.estimators.transforms import TRANSFORMS, Transform
 from dopfn_jax.estimators.views import View, context_share, draw_views, random_part
 from dopfn_jax.model.bar_distribution import BarDistribution
 from dopfn_jax.model.transformer import EncodedContext
-from dopfn_jax.tables import Schema, Table, read_treatment
+from dopfn_jax.tables import Schema, Table, check_order, read_treatment
 
 
 class InContextEstimator(BaseEstimator):
@@ -327,6 +327,7 @@ def read_query(
     Raises:
         TableError: X or t do not fit the schema or each other.
     """
+    check_order(X=X, t=t)
     treatment = read_treatment(np.atleast_1d(t) if np.ndim(t) == 0 else t)
     x = schema.read_covariates(X, rows=len(treatment))
     if np.ndim(t) == 0:

@@ -72,8 +72,8 @@ class DoPFNRegressor(EffectEstimator):
             distributions are mapped back before they are averaged. Intervals, `placebo` and
             `predict_batch` read the table as it is.
         n_resamples: random halves of the table that intervals look at.
-        max_context: the most rows that are read at once. Time and memory of `fit` grow with their
-            square. A longer table needs n_estimators > 1.
+        max_context: the most rows that are read at once. The time of `fit` grows with their square.
+            A longer table needs n_estimators > 1.
         cache: keep the encoded context between calls; `cache_bytes_` says what it takes. False
             encodes anew in every call.
         device: where to compute, such as "cpu" or "gpu:1"; None for JAX's default.
@@ -405,7 +405,9 @@ def _check_output(output_type: str, quantiles: Sequence[float]) -> NDArray[np.fl
         known = ", ".join(map(repr, _OUTPUTS))
         raise ValueError(f"output_type is {output_type!r}, but must be one of {known}.")
     levels = np.asarray(quantiles, np.float32)
-    if levels.ndim != 1 or not ((levels > 0) & (levels < 1)).all():
+    if levels.ndim != 1:
+        raise ValueError(f"quantiles are {quantiles!r}, but must be a list, such as [0.05, 0.95].")
+    if not ((levels > 0) & (levels < 1)).all():
         raise ValueError(f"quantiles are {quantiles!r}, but must lie between 0 and 1.")
     return levels
 

@@ -100,13 +100,15 @@ class DoPFNCateEstimator(BaseEstimator):
 
 
 def _beside(X: Data | None, W: Data | None) -> Data | None:
-    """X and W as one table, with columns named "X ..." and "W ..." if there is W."""
+    """X and W as one table; columns become "X ..." and "W ..." where a name is in both."""
     if W is None:
         return X
-    controls = _frame(W).add_prefix("W ")
+    controls = _frame(W)
     if X is None:
         return controls
-    modifiers = _frame(X).add_prefix("X ")
+    modifiers = _frame(X)
+    if set(map(str, modifiers.columns)) & set(map(str, controls.columns)):
+        modifiers, controls = modifiers.add_prefix("X "), controls.add_prefix("W ")
     if len(modifiers) != len(controls):
         raise TableError(f"X has {len(modifiers)} rows, but W has {len(controls)}.")
     return pd.concat([part.reset_index(drop=True) for part in (modifiers, controls)], axis=1)

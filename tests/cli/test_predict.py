@@ -52,6 +52,17 @@ def run(folder: Path, checkpoint_folder: Path, capsys: pytest.CaptureFixture[str
     return run
 
 
+def test_a_saved_index_is_no_covariate(run) -> None:
+    table = pd.read_csv("trial.csv").drop(columns="day")
+    table.to_csv("indexed.csv")
+    code, printed, _ = run(data="indexed.csv")
+    assert code == 0 and printed.startswith("indexed.csv: 16 rows, 3 covariates (age, sex, dose, ")
+    assert "warning: a column without a name ('Unnamed: 0') is left out" in printed
+    code, printed, _ = run("--covariates", "Unnamed: 0", data="indexed.csv")
+    assert code == 0 and "is left out" not in printed
+    assert printed.startswith("indexed.csv: 16 rows, 1 covariates (Unnamed: 0)\n")
+
+
 def test_prints_the_effect_and_writes_a_row_for_each_row(run, checkpoint) -> None:
     code, printed, errors = run("--covariates", "age,sex", "dose, mg", "--alpha", "0.1")
     assert (code, errors) == (0, "")

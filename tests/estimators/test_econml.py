@@ -55,6 +55,10 @@ def test_controls_may_be_frames_vectors_or_alone(checkpoint, table) -> None:
     estimator = DoPFNCateEstimator(DoPFNRegressor(checkpoint)).fit(y, t, X=X, W=W)
     direct = DoPFNRegressor(checkpoint).fit(X.join(W), t, y)
     expected = direct.cate(X.assign(site=None, income=np.nan))
+    assert list(estimator.model_.feature_names_in_) == ["age", "site", "income"]
+    treatment = pd.Series(t, index=rows, name="drug")
+    with pytest.raises(TableError, match="X holds the treatment t as its column 'drug'"):
+        clone(estimator).fit(y, treatment, X=X.assign(drug=treatment), W=W)
     np.testing.assert_allclose(estimator.effect(X[:5]), expected[:5], rtol=1e-5)
     np.testing.assert_allclose(estimator.effect(), expected, rtol=1e-5)
 

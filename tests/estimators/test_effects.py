@@ -85,14 +85,43 @@ class TestVocabulary:
             fitted.ate(X, by=old)
         with pytest.raises(TableError, match="X and by have the same index in another order"):
             fitted.ate_interval(X, by=old)
+        arms = old.astype(int)
+        for ask in (fitted.predict, fitted.predict_distribution):
+            with pytest.raises(TableError, match="X and t have the same index in another order"):
+                ask(X, arms)
+        for ask in (fitted.effect, fitted.effect_interval):
+            with pytest.raises(TableError, match="X and T1 have the same index in another order"):
+                ask(X, 0, arms)
         assert fitted.ate(X, by=old.loc[X.index]).tolist() == fitted.ate(by=old[::-1]).tolist()
 
     def test_names_that_are_numbers(self) -> None:
         X, t, y = table()
         schema, part = Schema.fit(X.set_axis([3, 4, 5], axis=1) > 0, t, y)
         groups = group_rows(4, part.x, schema)
+        assert list(groups) == [0.0, 1.0]
         assert groups[1.0].tolist() == np.flatnonzero(X["dose"] > 0).tolist()
-        assert len(groups) == 2
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            [0.0, 0.1, 0.2],
+            [20200101.0, 20200102.0, 20200215.0],
+            [-1e-30, 2e-30, 5e-30],
+            [0.0, 1.0, 1e6],
+        ],
+    )
+    def test_labels_are_the_numbers_of_the_column(self, values: list[float]) -> None:
+        column = np.resize(values, 31)
+        schema, part = Schema.fit(column[:, None], np.arange(31) % 2, np.arange(31.0))
+        groups = group_rows(0, part.x, schema)
+        np.testing.assert_allclose(list(groups), values, rtol=1e-12, atol=1e-45)
+        for value, rows in groups.items():
+            np.testing.assert_allclose(column[rows], value, rtol=1e-12, atol=1e-45)
+
+    def test_labels_of_numeric_categories(self) -> None:
+        sizes = pd.DataFrame({"size": pd.Categorical([0.1, 1, 2] * 4)})
+        schema, part = Schema.fit(sizes, np.arange(12) % 2, np.arange(12.0))
+        assert list(group_rows("size", part.x, schema)) == ["0.1", "1", "2"]
 
     def test_too_many_subgroups(self, fitted) -> None:
         x = np.zeros((60, 3), np.float32)

@@ -51,6 +51,22 @@ def test_the_doubly_robust_estimate_finds_an_effect_that_the_network_misses(chec
     assert 0 < low < 3 < high
 
 
+def test_a_trial_that_treats_few_is_weighted_by_their_true_share(checkpoint) -> None:
+    """By a share of 0.05 instead, errors would count 0.4 times."""
+    generator = np.random.default_rng(0)
+    t = np.arange(600) % 50 == 0
+    y = generator.normal(size=600)
+    for X in (None, generator.normal(size=(600, 2))):
+        model = DoPFNRegressor(checkpoint).fit(X, t, y)
+        chance = model.overlap().propensity
+        assert model.overlap().extreme_share < 0.01 and np.median(chance) < 0.03
+        chance = chance.clip(0.01)
+        residuals = (y - model.predict(X, t)) * np.where(t, 1 / chance, -1 / (1 - chance))
+        low, high = model.aipw_ate_interval(alpha=0.05)
+        error = residuals.std(ddof=1) / np.sqrt(600)
+        assert (high - low) / (2 * 1.96) == pytest.approx(error, rel=1e-3)
+
+
 def test_seed_decides_the_halves(checkpoint, fitted) -> None:
     other = DoPFNRegressor(checkpoint, n_resamples=6, random_state=1).fit(*table())
     assert (other.cate_interval()[0] != fitted.cate_interval()[0]).any()
