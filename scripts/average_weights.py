@@ -47,7 +47,7 @@ def _average(options: argparse.Namespace) -> None:
 
     checkpoints = [from_pretrained(name) for name in options.checkpoints]
     mean = average(checkpoints)
-    trainer = Trainer(mean.config, make_mesh(None))
+    trainer = Trainer(mean.config, make_mesh((1, 1)))
     by_name = {checkpoint.name: checkpoint.model for checkpoint in checkpoints}
     for name, model in {**by_name, "mean": mean.model}.items():
         losses = trainer.validate(trainer.with_weights(model))

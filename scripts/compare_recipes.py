@@ -130,7 +130,7 @@ def train_recipe(name: str, minutes: float, folder: Path, overrides: Sequence[st
 
     keep_freed_memory()
     keep_compiled_programs()
-    config, mesh = Config.load(_CONFIG, [*RECIPES[name][1], *overrides]), make_mesh(None)
+    config, mesh = Config.load(_CONFIG, [*RECIPES[name][1], *overrides]), make_mesh((1, 1))
     plan = folder / "plan.json"
     if not plan.exists():
         steps, seconds = steps_within(60 * minutes, config)
@@ -138,7 +138,10 @@ def train_recipe(name: str, minutes: float, folder: Path, overrides: Sequence[st
         plan.write_text(json.dumps({"steps": steps, "cpu_seconds_per_step": seconds / steps}))
     planned = json.loads(plan.read_text())
     training = dataclasses.replace(config.training, steps=planned["steps"])
-    train(dataclasses.replace(config, training=training), folder / "run", mesh, resume=True)
+    config = dataclasses.replace(config, training=training)
+    state = train(config, folder / "run", mesh, resume=True)
+    if int(state.step) < planned["steps"]:  # told to stop: the next call goes on
+        raise SystemExit(130)
     weights = from_pretrained(folder / "run")
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     measured = {k: v for k, v in json.loads(lines[-1]).items() if k.startswith("validation")}
@@ -161,7 +164,7 @@ def steps_within(budget: float, config: "Config", repetitions: int = 3) -> tuple
     from dopfn_jax.sharding import make_mesh
     from dopfn_jax.training.step import Trainer, shape_of_step
 
-    trainer = Trainer(config, make_mesh(None))
+    trainer = Trainer(config, make_mesh((1, 1)))
     state = trainer.init()
     cost: dict[TableShape, float] = {}
     steps, seconds = 0, 0.0
@@ -191,7 +194,7 @@ def compare(recipes: Sequence[str], output: Path, data: Path | None) -> "pd.Data
     """
     import pandas as pd
 
-    from dopfn_jax.evaluation.runner import read_table, run
+    from dopfn_jax.evaluation.runner import answers_of, latest, read_table, run
     from dopfn_jax.evaluation.suites import sources
 
     rows = [json.loads((output / name / _RESULT_FILE).read_text()) for name in recipes]
@@ -202,7 +205,7 @@ def compare(recipes: Sequence[str], output: Path, data: Path | None) -> "pd.Data
     methods = {name: f"dopfn:{output / name / 'run'}" for name in recipes}
     results = output / _ERRORS_FILE
     run(sources("released", 20, output, data), list(methods.values()), results)
-    scores = read_table(results)
+    scores = latest(read_table(results), answers_of(list(methods.values())))
     for task in ("cid", "cate"):
         ratios = [
             _mean_ratio(scores, task, method, methods[recipes[0]]) for method in methods.values()

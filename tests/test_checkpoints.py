@@ -109,6 +109,19 @@ def full_disk(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path, model: DoPFN) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds files, but no checkpoint to replace"):
+        save_checkpoint(run, model, CONFIG, 1)
+    assert (run / "config.json").read_text() == "{}" and not (run / "model.safetensors").exists()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    save_checkpoint(empty, model, CONFIG, 1)
+    assert from_pretrained(empty).steps == 1
+
+
 def test_a_full_disk_leaves_the_older_weights(
     folder: Path, model: DoPFN, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,9 +128,14 @@ def save_checkpoint(
         usual_tables: from `dopfn_jax.diagnostics.usual_tables`.
 
     Raises:
-        CheckpointError: it cannot be written; an older one is intact.
+        CheckpointError: it cannot be written, or holds something else than a checkpoint; what was
+            there is intact.
     """
     folder = Path(folder).absolute()
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / WEIGHTS_FILE).exists():
+        raise CheckpointError(
+            f"{folder}: holds files, but no checkpoint to replace; choose a new folder"
+        )
     flat = nnx.to_flat_state(nnx.state(model))
     weights = {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in flat}
     description = {"format": _FORMAT_VERSION, "steps": steps, "config": config.to_dict()}
@@ -140,6 +145,15 @@ def save_checkpoint(
         _write(folder, weights, description)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: weights cannot be written ({error})") from error
+
+
+def recorded_tables(folder: Path) -> UsualTables | None:
+    """The `usual_tables` of a checkpoint folder; None where there is none, or no record in it."""
+    try:
+        description = json.loads((folder / CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return _read_usual_tables(description.get("usual_tables"))
 
 
 def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:

@@ -101,7 +101,10 @@ def run(options: argparse.Namespace) -> None:
         absent = runner.run(todo, methods, results, options.seed, processes)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"the same command goes on from {results}") from stop
-    table = runner.latest(runner.read_table(results))
+    asked = runner.answers_of(
+        {name for chosen in methods.values() for name in chosen}, options.seed
+    )
+    table = runner.latest(runner.read_table(results), asked)
     if options.json:
         facts = {"results": str(results), "absent": absent, "medians": _as_dict(table)}
         print(json.dumps(facts, indent=2))
@@ -111,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
         print(summary(table))
     commands = _remember(options.output / "commands.txt", _command(options))
     if options.report:
-        page = write_report(results, options.report, commands)
+        page = write_report(results, options.report, commands, asked=asked)
         print(f"wrote {page}", file=sys.stderr)
 
 

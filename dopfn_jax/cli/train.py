@@ -101,6 +101,7 @@ def _train(config: "Config", options: argparse.Namespace) -> "TrainState":
     from dopfn_jax.training.flops import measured_peak
     from dopfn_jax.training.host import keep_compiled_programs, keep_freed_memory
     from dopfn_jax.training.loop import Observers, train
+    from dopfn_jax.training.run_directory import has_checkpoint
 
     # Orbax reports every file that it touches; its errors also reach us as exceptions.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -116,7 +117,8 @@ def _train(config: "Config", options: argparse.Namespace) -> "TrainState":
                 "process, or start them as docs/training.md says"
             ) from error
     mesh = make_mesh(parse_mesh(options.mesh) if options.mesh else None)
-    init_from = from_pretrained(options.init_from) if options.init_from else None
+    goes_on = options.resume and has_checkpoint(options.workdir)
+    init_from = from_pretrained(options.init_from) if options.init_from and not goes_on else None
     observers = Observers(peak=options.peak or measured_peak(config, mesh), profile=options.profile)
     if options.data:
         observers = dataclasses.replace(

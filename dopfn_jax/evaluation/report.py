@@ -1,5 +1,6 @@
 """From results to what is published: tables as CSV, figures, and a page that shows them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -73,7 +74,13 @@ _CAPTIONS = {
 }
 
 
-def write_report(results: Path, folder: Path, command: str = "", reference: str = "dopfn") -> Path:
+def write_report(
+    results: Path,
+    folder: Path,
+    command: str = "",
+    reference: str = "dopfn",
+    asked: Mapping[str, tuple[int, str]] | None = None,
+) -> Path:
     """Writes folder/results/*.csv, folder/figures/*.png and folder/results.md.
 
     Figures and page are made from the CSV files alone.
@@ -83,6 +90,7 @@ def write_report(results: Path, folder: Path, command: str = "", reference: str 
         folder: where to write, such as `docs`.
         command: what makes these results, for the page.
         reference: the method that the paired bootstrap compares the others with.
+        asked: whose answers to show, as for `runner.latest`.
 
     Returns:
         The page.
@@ -95,7 +103,7 @@ def write_report(results: Path, folder: Path, command: str = "", reference: str 
     tables = folder / "results"
     if not any(True for _ in read_records(results)):
         raise ValueError(f"{results}: holds no results; run an evaluation first")
-    write_tables(results, tables, reference)
+    write_tables(results, tables, reference, asked)
     units = pd.read_csv(tables / UNITS_FILE)
     figures = draw_all(read_scores(tables), units, folder / "figures")
     page = folder / "results.md"
@@ -108,13 +116,18 @@ def read_scores(tables: Path) -> pd.DataFrame:
     return pd.read_csv(tables / SCORES_FILE, keep_default_na=False, na_values=[""])
 
 
-def write_tables(results: Path, folder: Path, reference: str = "dopfn") -> None:
-    """Writes scores, medians, versions and units as CSV, of each method's latest weights and seed.
+def write_tables(
+    results: Path,
+    folder: Path,
+    reference: str = "dopfn",
+    asked: Mapping[str, tuple[int, str]] | None = None,
+) -> None:
+    """Writes scores, medians, versions and units as CSV; arguments as for `write_report`.
 
-    Arguments as for `write_report`.
+    Of each method those of one seed and one set of weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    scores = latest(read_table(results)).sort_values(["suite", "case", "dataset", "method"])
+    scores = latest(read_table(results), asked).sort_values(["suite", "case", "dataset", "method"])
     # Wall-clock differs between runs, so that it would make every table a new one.
     named = [*KEY, "data", "status", "reason"]
     scores = scores[[*named, *sorted(set(map(str, scores)) - {*named, "seconds"})]]

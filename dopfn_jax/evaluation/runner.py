@@ -7,7 +7,7 @@ import platform
 import random
 import time
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import PackageNotFoundError, version
@@ -65,7 +65,7 @@ def run(
         methods = {source.suite: methods for source in sources}
     names = dict.fromkeys(name for chosen in methods.values() for name in chosen)
     absent = {name: find_method(name).absent for name in names}
-    sums = {name: checksum(name) for name in names if not absent[name]}
+    sums = {name: sha256 for name, (_, sha256) in answers_of(names).items()}
     done = {
         tuple(record[field] for field in KEY)
         for record in read_records(output)
@@ -136,10 +136,22 @@ def read_units(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*KEY, "truth", "estimate"])
 
 
-def latest(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each method's last weights and seed, of a table in the order of its file."""
-    last = table.groupby("method")[["seed", "sha256"]].transform("last")
-    return table[(table.seed == last.seed) & (table.sha256 == last.sha256)]
+def answers_of(methods: Iterable[str], seed: int = 0) -> dict[str, tuple[int, str]]:
+    """Seed and checksum of what these methods, as far as they can run here, answer with now."""
+    return {name: (seed, checksum(name)) for name in methods if not find_method(name).absent}
+
+
+def latest(table: pd.DataFrame, asked: Mapping[str, tuple[int, str]] | None = None) -> pd.DataFrame:
+    """The rows of one seed and one set of weights for each method.
+
+    Args:
+        table: from `read_table`, in the order of its file.
+        asked: from `answers_of`; of other methods the last in the file count.
+    """
+    last = table.groupby("method")[["seed", "sha256"]].last()
+    chosen = {**{name: tuple(row) for name, row in last.iterrows()}, **(asked or {})}
+    pairs = zip(table.method, table.seed, table.sha256, strict=True)
+    return table[[chosen[method] == (seed, sha256) for method, seed, sha256 in pairs]]
 
 
 @functools.cache

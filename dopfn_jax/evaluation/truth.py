@@ -108,14 +108,16 @@ class _Model:
         if self.integrates_outcome:
             self.hidden.append(outcome)
             self.hidden.sort()
+        self.depends_on_natural = bool(self._descendants(treatment) & set(self.columns))
         weighed = [k for k in self.columns if self.adjacency[k].any()]
+        weighed += [treatment] if self.depends_on_natural else []
         for k in (*self.hidden, *weighed):
             if families[k] != _GAUSSIAN:
                 raise ValueError(
-                    f"node {k} has {NOISE_FAMILIES[families[k]]} noise, but what is hidden, and "
-                    "covariates with parents, need Gaussian noise to be integrated exactly."
+                    f"node {k} has {NOISE_FAMILIES[families[k]]} noise, but what is hidden, "
+                    "covariates with parents, and a treatment with shown descendants need Gaussian "
+                    "noise to be integrated exactly."
                 )
-        self.depends_on_natural = bool(self._descendants(treatment) & set(self.columns))
 
     def _descendants(self, node: int) -> set[int]:
         found: set[int] = set()

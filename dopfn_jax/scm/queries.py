@@ -211,7 +211,7 @@ def _weighted(
 ) -> Estimate:
     """Self-normalised importance sampling for one row: all of `covariates` are ()."""
     noise = draw_noise(scm, key, samples)
-    if _own_noise_averages_out(scm, covariates, outcome):
+    if _own_noise_averages_out(scm, covariates, worlds, outcome):
         noise[outcome] = jnp.broadcast_to(scm.nodes[outcome].noise.loc, noise[outcome].shape)
     log_weight = jnp.zeros(samples)
     values: dict[str, jax.Array] = {}
@@ -237,13 +237,17 @@ def _weighted(
     return Estimate(mean, error, jnp.where(possible, 1.0 / jnp.sum(weight**2), 0.0))
 
 
-def _own_noise_averages_out(scm: SCM, covariates: Mapping[str, Any], outcome: str) -> bool:
+def _own_noise_averages_out(
+    scm: SCM, covariates: Mapping[str, Any], worlds: list[dict[str, Any]], outcome: str
+) -> bool:
     """Whether the outcome's own noise is additive and unconditioned: its mean can stand for it."""
     node = scm.nodes[outcome]
     return (
         isinstance(node.noise, Noise)
         and node.per_row
         and node.is_recoverable
+        and not node.takes_noise
+        and not any(outcome in world for world in worlds)
         and not scm.descendants(outcome) & set(covariates)
     )
 

@@ -15,7 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from dopfn_jax.checkpoints import RUN_WEIGHTS, Checkpoint, CheckpointError, save_checkpoint
+from dopfn_jax.checkpoints import (
+    RUN_WEIGHTS,
+    Checkpoint,
+    CheckpointError,
+    recorded_tables,
+    save_checkpoint,
+)
 from dopfn_jax.config import Config, TableShape, TrainingConfig
 from dopfn_jax.training.flops import model_flops
 from dopfn_jax.training.processes import Agreement, Wish, any_process, is_first_process
@@ -199,7 +205,8 @@ class _Run:
         model = self._trainer.whole_model(state)
         if is_first_process():
             folder = self._directory.folder / RUN_WEIGHTS
-            save_checkpoint(folder, model, self._trainer.config, step)
+            usual_tables = recorded_tables(folder)  # of the same prior
+            save_checkpoint(folder, model, self._trainer.config, step, usual_tables)
 
     def _validation(self, state: TrainState) -> dict[str, float]:
         values = jax.device_get(self._trainer.validate(state))

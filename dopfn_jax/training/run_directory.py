@@ -141,7 +141,7 @@ class RunDirectory:
     def _claim(self, config: Config, resume: bool) -> None:
         """Writes the run's configuration, or compares it with the one that is there."""
         path = self.folder / "config.json"
-        if not path.exists():
+        if not path.exists() or not has_checkpoint(self.folder):  # it never came to save anything
             temporary = path.with_suffix(".tmp")
             temporary.write_text(config.to_json() + "\n")
             temporary.replace(path)
@@ -168,6 +168,11 @@ class RunDirectory:
                 f"{self.folder} holds a run with another configuration ({'; '.join(changed)}): "
                 "resume it with its own, or start a new --workdir with --init-from this one"
             )
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run's folder holds a complete checkpoint."""
+    return any(path.name.isdecimal() for path in (folder / "checkpoints").glob("*"))
 
 
 class MetricsLog:

@@ -84,7 +84,7 @@ def sample_wide_task(
     width = -(-(most + hidden) // LAYERS)
     k = LAYERS * width
     special = TERMS + 4 + post
-    noise_key, draw_key = jax.random.split(key)
+    noise_key, draw_key, anew_key = jax.random.split(key, 3)
     draws = uniform_draws(
         draw_key,
         **dict.fromkeys(_TASK_DRAWS, ()),
@@ -202,7 +202,7 @@ def sample_wide_task(
     query_draws = None
     if outcome_draws > 1:
         anew = noise_scale[None, low:] * sample_noise(
-            jax.random.fold_in(noise_key, 1),
+            anew_key,
             jnp.repeat(noise_family[-1:], outcome_draws - 1),
             jnp.ones(outcome_draws - 1),
             rows - low,

@@ -9,7 +9,7 @@ from dopfn_jax.evaluation import real
 from dopfn_jax.evaluation.datasets import load_dataset
 from dopfn_jax.evaluation.methods import METHODS, Method
 from dopfn_jax.evaluation.metrics import Answer
-from dopfn_jax.evaluation.runner import latest, read_records, read_table, run
+from dopfn_jax.evaluation.runner import answers_of, latest, read_records, read_table, run
 from dopfn_jax.evaluation.suites import Source, sources
 
 
@@ -116,7 +116,11 @@ def test_the_latest_weights_count(toys, tmp_path):
     with path.open("a") as file:
         for sha256 in ("old", "new"):
             file.write(json.dumps(record | {"method": "dopfn", "sha256": sha256}) + "\n")
-    assert latest(read_table(path)).sha256.tolist() == ["", "new"]
+    table = read_table(path)
+    assert latest(table).sha256.tolist() == ["", "new"]
+    assert latest(table, {"dopfn": (0, "old")}).sha256.tolist() == ["", "old"]
+    assert latest(table, {"mean": (1, "")}).sha256.tolist() == ["new"]
+    assert answers_of(["mean", "t_linear"], 3) == {"mean": (3, ""), "t_linear": (3, "")}
 
 
 @pytest.mark.slow

@@ -102,6 +102,26 @@ def test_an_outcome_that_the_row_determines_is_exact_without_being_gaussian() ->
     np.testing.assert_array_equal(estimate.standard_error, np.zeros(3))
 
 
+def test_noise_that_is_not_added_does_not_average_out() -> None:
+    scm = SCM(
+        {
+            "t": normal(),
+            "y": node(
+                lambda t, noise: jnp.exp(t + noise),
+                normal(),
+                inverse=lambda value, t: jnp.log(value) - t,
+            ),
+            "z": node(linear({"t": 1.0}), normal(scale=0.5)),
+        }
+    )
+    estimate = true_cid(scm, {}, {"t": 0.2}, "y", KEY, samples=100_000)
+    assert 0 < estimate.standard_error < 0.02
+    assert abs(estimate.value - np.exp(0.7)) < 4 * estimate.standard_error
+    # Nor does what is added, where a function of the outcome is asked about.
+    estimate = true_cid(scm, {}, {"t": 0.2, "z": jnp.square}, "z", KEY, samples=100_000)
+    assert abs(estimate.value - (0.04 + 0.25)) < 4 * estimate.standard_error
+
+
 def test_a_binary_covariate_is_conditioned_on_by_rejection() -> None:
     scm = SCM(
         {

@@ -1,5 +1,9 @@
 import json
+import os
 import runpy
+import shutil
+import signal
+import threading
 
 import numpy as np
 import pandas as pd
@@ -64,6 +68,20 @@ def test_recipes_get_equal_cpu_time_and_are_trained_once(tmp_path, capsys) -> No
     minutes = 0.02
     for name in ("base", "half_rate"):
         SCRIPT["train_recipe"](name, minutes, tmp_path / name, TINY)
+    # One that was stopped before it was done has no result.
+    stopped = tmp_path / "base" / "result.json"
+    stopped.unlink()
+    shutil.rmtree(tmp_path / "base" / "run")
+    threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    plan = tmp_path / "base" / "plan.json"
+    planned = plan.read_text()
+    plan.write_text(json.dumps(json.loads(planned) | {"steps": 100_000}))
+    with pytest.raises(SystemExit):
+        SCRIPT["train_recipe"]("base", minutes, tmp_path / "base", TINY)
+    assert not stopped.exists()
+    shutil.rmtree(tmp_path / "base" / "run")
+    plan.write_text(planned)
+    SCRIPT["train_recipe"]("base", minutes, tmp_path / "base", TINY)
     plans = [json.loads((tmp_path / n / "plan.json").read_text()) for n in ("base", "half_rate")]
     for plan in plans:
         assert plan["steps"] * plan["cpu_seconds_per_step"] == pytest.approx(1.2, rel=0.1)

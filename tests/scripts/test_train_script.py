@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dopfn_jax.checkpoints import from_pretrained
+from dopfn_jax.checkpoints import from_pretrained, save_checkpoint
 from dopfn_jax.config import Config
 from dopfn_jax.sharding import make_mesh
 from dopfn_jax.training.run_directory import RunDirectory, RunDirectoryError
@@ -243,12 +243,19 @@ def test_resuming_a_finished_run_says_so(
     reference: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = read_log(reference)
-    assert main([*arguments(reference), "--resume"]) == 0
+    weights = from_pretrained(reference)
+    usual_tables = {16: {"covariates": (1.0, 2.0)}}
+    save_checkpoint(
+        reference / "weights", weights.model, weights.config, weights.steps, usual_tables
+    )
+    # The weights that a run started from are not needed any more.
+    assert main([*arguments(reference), "--resume", "--init-from", str(reference / "gone")]) == 0
     assert f"{STEPS} of {STEPS} steps done" in capsys.readouterr().out
     assert main([*arguments(reference), "--resume", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["step"], facts["steps"], facts["resume_command"]) == (STEPS, STEPS, None)
     assert read_log(reference) == before
+    assert from_pretrained(reference).usual_tables == usual_tables
 
 
 @pytest.mark.parametrize(

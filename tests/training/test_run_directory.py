@@ -16,6 +16,12 @@ from dopfn_jax.training.run_directory import MetricsLog, RunDirectory, RunDirect
 CONFIG = Config()
 
 
+def save_once(folder: Path) -> None:
+    """A run that has a checkpoint."""
+    with contextlib.closing(RunDirectory(folder, CONFIG, resume=False)) as directory:
+        directory.save(1, {"step": jnp.int32(1)})
+
+
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     first = RunDirectory(tmp_path, CONFIG, resume=False)
     with pytest.raises(RunDirectoryError, match="another run is using it"):
@@ -25,14 +31,21 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_run_is_not_overwritten_and_a_refusal_leaves_no_lock(tmp_path: Path) -> None:
-    RunDirectory(tmp_path, CONFIG, resume=False).close()
+    save_once(tmp_path)
     for _ in range(2):
         with pytest.raises(RunDirectoryError, match="--resume or choose another --workdir"):
             RunDirectory(tmp_path, CONFIG, resume=False)
 
 
-def test_another_configuration_is_refused_by_field(tmp_path: Path) -> None:
+def test_a_run_that_never_saved_may_start_anew_and_otherwise(tmp_path: Path) -> None:
     RunDirectory(tmp_path, CONFIG, resume=False).close()
+    other = dataclasses.replace(CONFIG, training=TrainingConfig(seed=3))
+    RunDirectory(tmp_path, other, resume=False).close()
+    assert Config.from_dict(json.loads((tmp_path / "config.json").read_text())) == other
+
+
+def test_another_configuration_is_refused_by_field(tmp_path: Path) -> None:
+    save_once(tmp_path)
     other = dataclasses.replace(
         CONFIG,
         prior=dataclasses.replace(CONFIG.prior, max_nodes=7),
@@ -46,7 +59,7 @@ def test_another_configuration_is_refused_by_field(tmp_path: Path) -> None:
 
 
 def test_a_field_that_did_not_exist_yet_has_its_default(tmp_path: Path) -> None:
-    RunDirectory(tmp_path, CONFIG, resume=False).close()
+    save_once(tmp_path)
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
     del values["training"]["ema_decay"]
@@ -55,7 +68,7 @@ def test_a_field_that_did_not_exist_yet_has_its_default(tmp_path: Path) -> None:
 
 
 def test_a_damaged_config_is_named(tmp_path: Path) -> None:
-    RunDirectory(tmp_path, CONFIG, resume=False).close()
+    save_once(tmp_path)
     (tmp_path / "config.json").write_text('{"prior"')
     with pytest.raises(RunDirectoryError, match=r"config\.json cannot be read"):
         RunDirectory(tmp_path, CONFIG, resume=True)
