@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import pandas as pd
@@ -320,7 +320,7 @@ def _read_columns(X: Data | None, rows: int) -> tuple[dict[str | int, Cells], bo
     if X is None:
         return {}, False, rows
     if not isinstance(X, pd.DataFrame | pd.Series) and hasattr(X, "to_pandas"):  # Polars, Arrow
-        X = X.to_pandas()
+        X = cast(Any, X).to_pandas()
     if isinstance(X, pd.DataFrame):
         columns: dict[str | int, Cells] = {}
         for name, cells in X.items():

@@ -148,10 +148,11 @@ def latest(table: pd.DataFrame, asked: Mapping[str, tuple[int, str]] | None = No
         table: from `read_table`, in the order of its file.
         asked: from `answers_of`; of other methods the last in the file count.
     """
-    last = table.groupby("method")[["seed", "sha256"]].last()
-    chosen = {**{name: tuple(row) for name, row in last.iterrows()}, **(asked or {})}
-    pairs = zip(table.method, table.seed, table.sha256, strict=True)
-    return table[[chosen[method] == (seed, sha256) for method, seed, sha256 in pairs]]
+    answers = list(zip(table.method, table.seed, table.sha256, strict=True))
+    chosen = {method: (seed, sha256) for method, seed, sha256 in answers}  # the last one stays
+    chosen |= asked or {}
+    wanted = [chosen[method] == (seed, sha256) for method, seed, sha256 in answers]
+    return table[np.array(wanted, bool)]
 
 
 @functools.cache

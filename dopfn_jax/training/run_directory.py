@@ -170,9 +170,9 @@ class RunDirectory:
             )
 
 
-def has_checkpoint(folder: Path) -> bool:
+def has_checkpoint(folder: str | Path) -> bool:
     """Whether a run's folder holds a complete checkpoint."""
-    return any(path.name.isdecimal() for path in (folder / "checkpoints").glob("*"))
+    return any(path.name.isdecimal() for path in Path(folder, "checkpoints").glob("*"))
 
 
 class MetricsLog:

@@ -109,7 +109,7 @@ WRONG = {
     ),
     "a single covariate without its axis": (
         lambda X, t, y: (X["dose"], t, y),
-        r"X has shape \(16,\).*reshape\(-1, 1\)",
+        r"X has shape \(16,\).*for one covariate use X\.to_frame\(\)",
     ),
 }
 

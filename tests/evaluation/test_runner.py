@@ -119,6 +119,7 @@ def test_the_latest_weights_count(toys, tmp_path):
     table = read_table(path)
     assert latest(table).sha256.tolist() == ["", "new"]
     assert latest(table, {"dopfn": (0, "old")}).sha256.tolist() == ["", "old"]
+    assert list(latest(table.iloc[:0]).columns) == list(table.columns)
     assert latest(table, {"mean": (1, "")}).sha256.tolist() == ["new"]
     assert answers_of(["mean", "t_linear"], 3) == {"mean": (3, ""), "t_linear": (3, "")}
 
