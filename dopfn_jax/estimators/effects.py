@@ -31,11 +31,12 @@ class EffectEstimator(InContextEstimator):
     """Effects of the treatment, in the vocabulary of EconML.
 
     Every `_interval` method but `individual_effect_interval` and `aipw_ate_interval`, which say
-    what they are, is the estimate plus and minus the normal quantile of 1 - alpha / 2 times a standard error: the spread of the same estimate over
-    `n_resamples` random halves of the fitted table, drawn without replacement within each arm. (An
-    estimate from half of the rows varies around that from all of them as that one varies around the
-    truth: the delete-half jackknife of Shao and Wu, 1989. Unlike a bootstrap it shows the model no
-    row twice.) With the default seed the halves are always the same.
+    what they are, is the estimate plus and minus the normal quantile of 1 - alpha / 2 times a
+    standard error: the spread of the same estimate over `n_resamples` random halves of the fitted
+    table, drawn without replacement within each arm. (An estimate from half of the rows varies
+    around that from all of them as that one varies around the truth: the delete-half jackknife of
+    Shao and Wu, 1989. Unlike a bootstrap it shows the model no row twice.) With the default seed
+    the halves are always the same.
 
     Estimates that are drawn towards what the prior deems likely spread less than they err. So the
     standard error of an average is never taken to be smaller than that of `aipw_ate`, which no
