@@ -169,12 +169,12 @@ def sample_wide_task(
     # Most mechanisms lean to one side (squares, exponentials, counts), mirrored ones to the other.
     side = jnp.where(draws["outcome_mirror"] < prior.mirrored_share, -1.0, 1.0)
 
-    def outcome(signal: jax.Array, disturbance: jax.Array) -> jax.Array:
+    def outcome(undisturbed: jax.Array, disturbance: jax.Array) -> jax.Array:
         return side * apply(
             OUTCOME_KINDS,
             prior.outcome_kinds,
             pick(draws["outcome_kind"], prior.outcome_kinds),
-            standardised(signal + disturbance),
+            standardised(undisturbed + disturbance),
             draws["outcome_u"],
             draws["outcome_v"],
         )
