@@ -64,7 +64,7 @@ class Scale:
     def standardise(self, values: NDArray[np.float64]) -> NDArray[np.float32]:
         """Values in their own units -> standardised float32."""
         offset = values - self.loc
-        offset = np.where(np.abs(offset) <= rounding(np.array([self.loc])), 0.0, offset)
+        offset = np.where(np.abs(offset) <= rounding(self.loc), 0.0, offset)
         return np.clip(offset / self.scale, -_FAR, _FAR).astype(np.float32)
 
     def restore(self, values: ArrayLike) -> NDArray[np.float64]:
@@ -236,9 +236,9 @@ class Schema:
         return cls(columns, values["named"], outcome, values["binary_outcome"])
 
 
-def rounding(values: NDArray[np.float64]) -> float:
+def rounding(values: ArrayLike) -> float:
     """By how much values may differ that would be equal but for rounding; 0 for none."""
-    return float(8 * np.finfo(np.float64).eps * np.abs(values).max(initial=0.0))
+    return float(8 * np.finfo(np.float64).eps * np.max(np.abs(values), initial=0.0))
 
 
 def read_treatment(t: Data) -> NDArray[np.float32]:

@@ -141,10 +141,11 @@ class Network:
                 estimates[start:stop, rows] = effects[: stop - start, : rows.stop - rows.start]
         return estimates
 
-    def progress(self, items: Iterable[_Item], label: str) -> Iterable[_Item]:
-        """The items, with a bar on a terminal once they have taken two seconds."""
-        disable = None if self.verbose else True
-        return tqdm(items, desc=label, delay=2, leave=False, disable=disable)
+    def progress(self, items: Sequence[_Item], label: str) -> Iterable[_Item]:
+        """The items, with a bar on a terminal if they are several and take over two seconds."""
+        if not self.verbose or len(items) < 2:
+            return items
+        return tqdm(items, desc=label, delay=2, leave=False, disable=None)
 
     @cached_property
     def _parts(self) -> tuple[PyTreeDef, list[jax.Array]]:
@@ -222,8 +223,9 @@ def power_of_two(limit: float, lowest: int, highest: int) -> int:
 
 def pad(values: NDArray, *shape: int) -> NDArray:
     """Zeros appended to every axis, up to the shape."""
-    fill = [(0, size - length) for size, length in zip(shape, values.shape, strict=True)]
-    return np.pad(values, fill)
+    padded = np.zeros(shape, values.dtype)
+    padded[tuple(map(slice, values.shape))] = values
+    return padded
 
 
 def pad_table(table: Table, rows: int, columns: int) -> tuple[NDArray, NDArray, NDArray, NDArray]:

@@ -8,7 +8,6 @@ they were observed. Nodes that are not shown are hidden.
 Axes: K pre-treatment nodes, P post-treatment nodes, J indices of a mechanism, R rows, F columns.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -20,17 +19,19 @@ from dopfn_jax.prior import LARGEST_VALUE, Task, mask_degenerate, uniform_draws
 from dopfn_jax.scm import sample_noise
 from dopfn_jax.scm.noise import NOISE_FAMILIES
 from dopfn_jax.wide.assignments import ASSIGNMENTS
-from dopfn_jax.wide.columns import COLUMN_KINDS, OUTCOME_KINDS
+from dopfn_jax.wide.columns import OUTCOME_KINDS
+from dopfn_jax.wide.draws import Draws, ids, log_uniform, ranks, sign, signed, standardise
 from dopfn_jax.wide.effects import EFFECTS, LINKS
-from dopfn_jax.wide.graphs import GRAPHS
-from dopfn_jax.wide.mechanisms import INDICES, MECHANISMS
+from dopfn_jax.wide.mechanisms import INDICES
+from dopfn_jax.wide.nodes import (
+    LAYERS,
+    NODE_DRAWS,
+    TERMS,
+    pre_treatment,
+    render,
+    special_mechanisms,
+)
 from dopfn_jax.wide.registry import apply, pick
-
-LAYERS = 4
-# Terms of the outcome's baseline; a task uses one or more of them.
-TERMS = 6
-
-Draws = dict[str, jax.Array]
 
 
 def sample_wide_tasks(
@@ -83,70 +84,38 @@ def sample_wide_task(
     most, hidden, post = covariates[1], prior.max_hidden, prior.max_post_treatment
     width = -(-(most + hidden) // LAYERS)
     k = LAYERS * width
-    special = TERMS + 4 + post
     noise_key, draw_key, anew_key = jax.random.split(key, 3)
-    draws = uniform_draws(
-        draw_key,
-        **dict.fromkeys(_TASK_DRAWS, ()),
-        hub=(k,),
-        active=(k,),
-        edges=(k + post, k),
-        kind=(k + post, 1),
-        kind_u=(k + post, 1),
-        kind_v=(k + post, 1),
-        noise_family=(k + post + 1,),
-        noise_share=(k + post, 1),
-        mechanism=(k + special, 1),
-        weights=(k + special, INDICES, k),
-        sparsity=(k + special, 1, 1),
-        coefficients=(k + special, INDICES, 1),
-        shifts=(k + special, INDICES, 1),
-        outcome_parents=(k,),
-        treatment_parents=(k,),
-        modifiers=(k,),
-        terms=(TERMS, 1),
-        post_effect=(post, 1),
-        post_weight=(post, 1),
-        post_role=(post, 1),
-        assignment_u=(rows,),
-        query_t=(rows,),
-        columns=(k + post,),
-        duplicate=(most,),
-        duplicate_of=(most,),
-        column_missing=(most, 1),
-        missing_rate=(most, 1),
-        missing=(most, rows),
-    )
-    noise_family = _ids(draws["noise_family"], prior.noise_families, NOISE_FAMILIES)
+    draws = _uniform_draws(draw_key, k, post, rows, most)
+    noise_family = ids(draws["noise_family"], prior.noise_families, NOISE_FAMILIES)
     noise = sample_noise(
         noise_key, noise_family, jnp.ones(noise_family.shape), rows, prior.noise_families
     )
 
     shown, nodes_before, post_nodes = _numbers(draws, prior, covariates)
-    active = _ranks(draws["active"]) < nodes_before
+    active = ranks(draws["active"]) < nodes_before
     post_active = jnp.arange(post)[:, None] < post_nodes
 
-    z = _pre_treatment(draws, prior, noise[:k], active)
-    parts = _special_mechanisms(draws, prior, z, active)
+    z = pre_treatment(draws, prior, noise[:k], active)
+    parts = special_mechanisms(draws, prior, z, active)
     terms, (own_score, modifier, other_modifier, scale), post_base = jnp.split(
         parts, [TERMS, TERMS + 4]
     )
     used = jnp.arange(TERMS)[:, None] <= jnp.floor(draws["term_count"] * TERMS)
-    baseline = _standardise((_signed(draws["terms"]) * used * terms).sum(axis=0))
+    baseline = standardise((signed(draws["terms"]) * used * terms).sum(axis=0))
     t = _assign(draws, prior, own_score, baseline)
 
     is_mediator = draws["post_role"] < 0.6
     post_share = draws["noise_share"][k:]
     post_untreated = jnp.sqrt(1.0 - post_share) * post_base + jnp.sqrt(post_share) * noise[k:-1]
-    post_effect = 2.0 * _signed(draws["post_effect"])
-    post_weight = _signed(draws["post_weight"]) * (is_mediator & post_active)
+    post_effect = 2.0 * signed(draws["post_effect"])
+    post_weight = signed(draws["post_weight"]) * (is_mediator & post_active)
     effect = apply(
         EFFECTS,
         prior.effects,
         pick(draws["effect"], prior.effects),
-        _sign(draws["effect_sign"]) * _log_uniform(draws["effect_size"], prior.effect_size),
-        _standardise(modifier + draws["modifier_mix"] * other_modifier),
-        _log_uniform(draws["effect_spread"], (0.1, 3.0)),
+        sign(draws["effect_sign"]) * log_uniform(draws["effect_size"], prior.effect_size),
+        standardise(modifier + draws["modifier_mix"] * other_modifier),
+        log_uniform(draws["effect_spread"], (0.1, 3.0)),
     )
 
     def signal(t: jax.Array) -> jax.Array:
@@ -157,7 +126,7 @@ def sample_wide_task(
     observed_signal = signal(t)
     hetero = draws["hetero"] < prior.heteroscedastic_share
     spread = jnp.exp(jnp.where(hetero, draws["hetero_size"], 0.0) * jnp.clip(scale, -3.0, 3.0))
-    noise_scale = _log_uniform(draws["noise_ratio"], prior.noise_ratio) * observed_signal.std()
+    noise_scale = log_uniform(draws["noise_ratio"], prior.noise_ratio) * observed_signal.std()
     noise_scale = noise_scale * spread
     disturbance = noise_scale * noise[-1]
     location = (observed_signal + disturbance).mean()
@@ -180,11 +149,11 @@ def sample_wide_task(
         )
 
     # A post-treatment node that is no mediator hears the outcome.
-    hears = jnp.where(is_mediator, 0.0, 2.0 * _signed(draws["post_weight"]))
+    hears = jnp.where(is_mediator, 0.0, 2.0 * signed(draws["post_weight"]))
     heard = hears * standardised(observed_signal + disturbance)[None]
     post_observed = post_untreated + post_effect * t[None] + heard
-    post_draws = {name: draws[name][k:] for name in _NODE_DRAWS}
-    post_shown = _render(post_draws, prior, _standardise(post_observed))
+    post_draws = {name: draws[name][k:] for name in NODE_DRAWS}
+    post_shown = render(post_draws, prior, standardise(post_observed))
     pool = jnp.concatenate([z, post_shown])
     candidates = jnp.concatenate([active, post_active[:, 0]])
     x = _columns(draws, prior, pool, candidates, shown, most)
@@ -235,9 +204,6 @@ def sample_wide_task(
     )
 
 
-# Draws of which every node has its own: of pre- and post-treatment nodes, and of mechanisms.
-_NODE_DRAWS = ("edges", "kind", "kind_u", "kind_v", "noise_share")
-_MECHANISM_DRAWS = ("mechanism", "weights", "sparsity", "coefficients", "shifts")
 _TASK_DRAWS = (
     "shown",
     "has_hidden",
@@ -275,6 +241,43 @@ _TASK_DRAWS = (
 )
 
 
+def _uniform_draws(key: jax.Array, k: int, post: int, rows: int, most: int) -> Draws:
+    """All that is drawn but noise, for K + P nodes and at most F columns."""
+    special = TERMS + 4 + post
+    return uniform_draws(
+        key,
+        **dict.fromkeys(_TASK_DRAWS, ()),
+        hub=(k,),
+        active=(k,),
+        edges=(k + post, k),
+        kind=(k + post, 1),
+        kind_u=(k + post, 1),
+        kind_v=(k + post, 1),
+        noise_family=(k + post + 1,),
+        noise_share=(k + post, 1),
+        mechanism=(k + special, 1),
+        weights=(k + special, INDICES, k),
+        sparsity=(k + special, 1, 1),
+        coefficients=(k + special, INDICES, 1),
+        shifts=(k + special, INDICES, 1),
+        outcome_parents=(k,),
+        treatment_parents=(k,),
+        modifiers=(k,),
+        terms=(TERMS, 1),
+        post_effect=(post, 1),
+        post_weight=(post, 1),
+        post_role=(post, 1),
+        assignment_u=(rows,),
+        query_t=(rows,),
+        columns=(k + post,),
+        duplicate=(most,),
+        duplicate_of=(most,),
+        column_missing=(most, 1),
+        missing_rate=(most, 1),
+        missing=(most, rows),
+    )
+
+
 def _numbers(
     draws: Draws, prior: WidePriorConfig, covariates: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -283,7 +286,7 @@ def _numbers(
     Columns show nodes of either kind; those before the treatment that no column shows are hidden.
     """
     low, high = covariates
-    shown = jnp.floor(_log_uniform(draws["shown"], (low, high + 1))).astype(jnp.int32)
+    shown = jnp.floor(log_uniform(draws["shown"], (low, high + 1))).astype(jnp.int32)
     shown = jnp.minimum(shown, high)
 
     def number(has: jax.Array, share: float, draw: jax.Array, most: int) -> jax.Array:
@@ -298,105 +301,14 @@ def _numbers(
     return shown, before, post
 
 
-def _pre_treatment(
-    draws: Draws, prior: WidePriorConfig, noise: jax.Array, active: jax.Array
-) -> jax.Array:
-    """Values (K, R) of the nodes before the treatment, standardised."""
-    k = active.shape[0]
-    width = k // LAYERS
-    density = _log_uniform(draws["density"], prior.density)
-    family = pick(draws["graph"], prior.graphs)
-    number = jnp.arange(k)
-
-    def by_layer(values: jax.Array) -> jax.Array:
-        return values[:k].reshape(LAYERS, width, *values.shape[1:])
-
-    def add_layer(
-        z: jax.Array, inputs: tuple[jax.Array, Draws, jax.Array]
-    ) -> tuple[jax.Array, None]:
-        layer, draws, noise = inputs
-        back = layer - number // width  # how many layers a node lies before this one
-        propensity = (active & (back > 0))[None] * apply(
-            GRAPHS, prior.graphs, family, hub, jnp.arange(width), number % width, back
-        )
-        total = jnp.maximum(propensity.sum(axis=1, keepdims=True), 1e-6)
-        edges = draws["edges"] < density * propensity / total
-        value = _mechanisms(draws, prior, edges, z)
-        share = jnp.where(edges.any(axis=1, keepdims=True), draws["noise_share"], 1.0)
-        value = jnp.sqrt(1.0 - share) * value + jnp.sqrt(share) * noise
-        value = _render(draws, prior, value)
-        return jax.lax.dynamic_update_slice_in_dim(z, value, layer * width, axis=0), None
-
-    hub = draws["hub"]
-    per_node = {name: by_layer(draws[name]) for name in (*_MECHANISM_DRAWS, *_NODE_DRAWS)}
-    inputs = (jnp.arange(LAYERS), per_node, by_layer(noise))
-    # What stands in later layers before their turn has weight 0.
-    return jax.lax.scan(add_layer, noise, inputs)[0]
-
-
-def _special_mechanisms(
-    draws: Draws, prior: WidePriorConfig, z: jax.Array, active: jax.Array
-) -> jax.Array:
-    """What outcome, treatment, effect, noise and post-treatment nodes make of the others.
-
-    Returns (TERMS + 4 + P, R): terms of the baseline, the treatment's score, two modifiers of the
-    effect, one of the noise, and post-treatment nodes; each standardised.
-    """
-    k = active.shape[0]
-    number = active.sum(dtype=jnp.float32)
-    # From one relevant node to all of them.
-    relevant = number ** draws["relevant"] / number
-    outcome = _at_least_one(draws["outcome_parents"], relevant, active)
-    # None, some or all of them confound.
-    overlap = jnp.clip(2.0 * draws["overlap"] - 0.5, 0.0, 1.0)
-    share = jnp.where(outcome, overlap, relevant * draws["instruments"])
-    treatment = _at_least_one(draws["treatment_parents"], share, active)
-    modifiers = _at_least_one(draws["modifiers"], jnp.where(outcome, 0.5, 0.05), active)
-    post = _at_least_one(draws["edges"][k:], relevant, active)
-    parents = jnp.concatenate(
-        [
-            jnp.broadcast_to(outcome, (TERMS, k)),
-            treatment[None],
-            jnp.broadcast_to(modifiers, (3, k)),
-            post,
-        ]
-    )
-    special = {name: draws[name][k:] for name in _MECHANISM_DRAWS}
-    return _mechanisms(special, prior, parents, z)
-
-
-def _mechanisms(
-    draws: Draws, prior: WidePriorConfig, edges: jax.Array, parents: jax.Array
-) -> jax.Array:
-    """N nodes as standardised functions of (K, R) parents by (N, K) edges, without noise.
-
-    `draws` holds _MECHANISM_DRAWS of these nodes.
-    """
-    weights = _signed(draws["weights"])
-    # High powers leave little but the largest: indices along one parent, for trees and sums.
-    power = jnp.where(draws["sparsity"] < 0.5, 1.0, 8.0)
-    weights = jnp.sign(weights) * jnp.abs(weights) ** power * edges[:, None, :]
-    norm = jnp.sqrt(jnp.square(weights).sum(axis=-1, keepdims=True))
-    indices = jnp.einsum("njp,pr->njr", weights / jnp.maximum(norm, 1e-12), parents)
-    result = apply(
-        MECHANISMS,
-        prior.mechanisms,
-        pick(draws["mechanism"], prior.mechanisms),
-        indices,
-        2.0 * _signed(draws["coefficients"]),
-        math.sqrt(3.0) * _signed(draws["shifts"]),
-    )
-    return _standardise(result)
-
-
 def _assign(
     draws: Draws, prior: WidePriorConfig, own_score: jax.Array, baseline: jax.Array
 ) -> jax.Array:
     """The observed treatment (R,), 0 or 1."""
     # In some tasks it follows the expected outcome itself: the strongest confounding there is.
     follows = jnp.where(draws["prognostic"] < prior.prognostic_share, draws["prognostic_size"], 0.0)
-    direction = _sign(draws["prognostic_sign"])
-    score = _standardise((1.0 - follows) * own_score + follows * direction * baseline)
+    direction = sign(draws["prognostic_sign"])
+    score = standardise((1.0 - follows) * own_score + follows * direction * baseline)
     low, high = prior.treated_rate
     rate = jnp.clip(jax.nn.sigmoid(1.3 * ndtri(draws["rate"])), low, high)
     treated = apply(
@@ -406,23 +318,9 @@ def _assign(
         score,
         draws["assignment_u"],
         rate,
-        _log_uniform(draws["steepness"], prior.steepness),
+        log_uniform(draws["steepness"], prior.steepness),
     )
     return treated.astype(jnp.float32)
-
-
-def _render(draws: Draws, prior: WidePriorConfig, values: jax.Array) -> jax.Array:
-    """Nodes as they look in a table, standardised; `draws` holds _NODE_DRAWS of these nodes."""
-    return _standardise(
-        apply(
-            COLUMN_KINDS,
-            prior.column_kinds,
-            pick(draws["kind"], prior.column_kinds),
-            values,
-            draws["kind_u"],
-            draws["kind_v"],
-        )
-    )
 
 
 def _columns(
@@ -445,39 +343,3 @@ def _columns(
     rate = jnp.where(of_values, (x > 0.0) * draws["missing_rate"], 0.5 * draws["missing_rate"])
     gaps = (draws["has_missing"] < prior.missing_share) & (draws["column_missing"] < 0.5)
     return jnp.where(gaps & (draws["missing"] < rate), jnp.nan, x)
-
-
-def _at_least_one(draws: jax.Array, share: jax.Array, active: jax.Array) -> jax.Array:
-    """Each active node with probability `share`, and in any case the one with the lowest draw."""
-    active = jnp.broadcast_to(active, draws.shape)
-    draws = jnp.where(active, draws, 2.0)
-    return active & ((draws < share) | (draws == draws.min(axis=-1, keepdims=True)))
-
-
-def _ids(draws: jax.Array, names: tuple[str, ...], known: tuple[str, ...]) -> jax.Array:
-    return jnp.array([known.index(name) for name in names], jnp.int32)[pick(draws, names)]
-
-
-def _ranks(draws: jax.Array) -> jax.Array:
-    return jnp.argsort(jnp.argsort(draws))
-
-
-def _sign(draw: jax.Array) -> jax.Array:
-    return jnp.where(draw < 0.5, -1.0, 1.0)
-
-
-def _signed(draws: jax.Array) -> jax.Array:
-    """Uniform on [-1, 1)."""
-    return 2.0 * draws - 1.0
-
-
-def _log_uniform(draw: jax.Array, interval: tuple[float, float]) -> jax.Array:
-    low, high = interval
-    return low * (high / low) ** draw
-
-
-def _standardise(values: jax.Array) -> jax.Array:
-    """Mean 0 and standard deviation 1 over the last axis; a constant becomes 0."""
-    centred = values - values.mean(axis=-1, keepdims=True)
-    deviation = jnp.sqrt(jnp.square(centred).mean(axis=-1, keepdims=True))
-    return jnp.where(deviation > 1e-5, centred / jnp.maximum(deviation, 1e-5), 0.0)

@@ -286,13 +286,14 @@ def test_a_folder_is_read_again(checkpoint, tmp_path) -> None:
 
 def test_bars_are_for_terminals_and_long_waits(fitted, monkeypatch) -> None:
     verbose = dataclasses.replace(fitted.network_, verbose=True)
-    assert verbose.progress([], "queries").disable
+    assert verbose.progress(range(2), "queries").disable
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", terminal)
-    assert not verbose.progress([], "queries").disable
-    assert verbose.progress([], "queries").delay == 2
-    assert fitted.network_.progress([], "queries").disable
+    assert not verbose.progress(range(2), "queries").disable
+    assert verbose.progress(range(2), "queries").delay == 2
+    for network, pieces in ((verbose, 1), (fitted.network_, 2)):
+        assert network.progress(range(pieces), "queries") == range(pieces)
 
 
 def test_row_sizes() -> None:
