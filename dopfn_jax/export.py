@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ _PROGRAM_FILE, _WEIGHTS_FILE, _DESCRIPTION_FILE = (
     "artefact.json",
 )
 _FORMAT_VERSION = 1
+# What reading a file that is no artefact, or a damaged one, raises.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, LookupError, json.JSONDecodeError, SafetensorError)
 
 
 class ExportError(ValueError):
@@ -76,12 +79,14 @@ class ExportedPredictor:
             query_t: (M,) treatment that is set, or one value for all rows.
 
         Returns:
-            A distribution with batch shape (M,), in the units of y.
+            A distribution with batch shape (M,), float32, in the units of y.
 
         Raises:
-            ExportError: shapes that do not fit together, or too many covariates.
+            ExportError: shapes that do not fit together, too many covariates, values that are not
+                finite (missing covariates apart) or treatments other than 0 and 1, or an outcome so
+                far from zero, compared with its spread, that float32 cannot tell its values apart.
         """
-        x, t, y, query_x = (np.asarray(a, np.float32) for a in (x, t, y, query_x))
+        x, t, y, query_x = (np.asarray(a, np.float64) for a in (x, t, y, query_x))
         fits = x.ndim == query_x.ndim == 2 and x.shape[1] == query_x.shape[1]
         if not fits or not x.shape[:1] == t.shape == y.shape or not len(x) or not len(query_x):
             raise ExportError(
@@ -91,23 +96,41 @@ class ExportedPredictor:
         covariates = x.shape[1]
         if covariates > self.covariates:
             raise ExportError(f"x has {covariates} covariates, but at most {self.covariates} fit.")
-        query_t = np.asarray(query_t, np.float32)
+        query_t = np.asarray(query_t, np.float64)
         if query_t.shape not in ((), query_x.shape[:1]):
             raise ExportError(
                 f"query_t has shape {query_t.shape}, but must be a scalar or {query_x.shape[:1]}."
             )
+        for name, values in (("x", x), ("query_x", query_x), ("y", y)):
+            if np.isinf(values).any() or (name == "y" and np.isnan(values).any()):
+                raise ExportError(f"{name} holds values that are not finite: leave such rows out.")
+        for name, values in (("t", t), ("query_t", query_t)):
+            if not np.isin(values, (0, 1)).all():
+                raise ExportError(f"{name} must hold 0 and 1: recode it.")
+        # The program computes in float32: in units of the spread, around zero, no digits are lost.
+        known = np.ma.masked_invalid(x)
+        x_loc, x_scale = (np.ma.filled(f(axis=0), 0.0) for f in (known.mean, known.std))
+        x_scale = np.where(x_scale > 0, x_scale, 1.0)
+        x, query_x = (x - x_loc) / x_scale, (query_x - x_loc) / x_scale
+        y_loc, y_scale = y.mean(), y.std() or 1.0
         widen = ((0, 0), (0, self.covariates - covariates))
         logits, borders = self._run(
             self._weights,
-            np.pad(x, widen),
-            t,
-            y,
+            np.pad(x, widen).astype(np.float32),
+            t.astype(np.float32),
+            ((y - y_loc) / y_scale).astype(np.float32),
             np.ones(len(x), bool),
             np.arange(self.covariates) < covariates,
-            np.pad(query_x, widen),
-            np.broadcast_to(query_t, query_x.shape[:1]),
+            np.pad(query_x, widen).astype(np.float32),
+            np.broadcast_to(query_t, query_x.shape[:1]).astype(np.float32),
         )
-        return BarDistribution(logits, borders)
+        borders = (y_loc + y_scale * np.asarray(borders, np.float64)).astype(np.float32)
+        if not (np.diff(borders) > 0).all():
+            raise ExportError(
+                f"float32 cannot hold a distribution of an outcome with mean {y_loc:g} and "
+                f"standard deviation {y_scale:g}: pass it minus its mean, over its deviation."
+            )
+        return BarDistribution(logits, jnp.asarray(borders))
 
 
 def export(
@@ -126,6 +149,7 @@ def export(
     """
     from flax import nnx
 
+    from dopfn_jax.model.attention import for_every_platform
     from dopfn_jax.predict import encode, predict
 
     unknown = [platform for platform in platforms if platform not in PLATFORMS]
@@ -155,16 +179,17 @@ def export(
         return jax.ShapeDtypeStruct(shape, dtype)
 
     try:
-        program = jax_export.export(jax.jit(function), platforms=list(platforms))(
-            tuple(array(*leaf.shape, dtype=leaf.dtype) for leaf in leaves),
-            array(rows, columns),
-            array(rows),
-            array(rows),
-            array(rows, dtype=bool),
-            array(columns, dtype=bool),
-            array(queries, columns),
-            array(queries),
-        ).serialize()
+        with for_every_platform():
+            program = jax_export.export(jax.jit(function), platforms=list(platforms))(
+                tuple(array(*leaf.shape, dtype=leaf.dtype) for leaf in leaves),
+                array(rows, columns),
+                array(rows),
+                array(rows),
+                array(rows, dtype=bool),
+                array(columns, dtype=bool),
+                array(queries, columns),
+                array(queries),
+            ).serialize()
     except ModuleNotFoundError as error:
         raise ImportError("export needs flatbuffers: pip install 'dopfn-jax[export]'") from error
     description = {
@@ -204,7 +229,7 @@ def load(path: str | Path) -> ExportedPredictor:
             program = jax_export.deserialize(bytearray(archive.read(_PROGRAM_FILE)))
     except ModuleNotFoundError as error:
         raise ImportError("this needs flatbuffers: pip install 'dopfn-jax[export]'") from error
-    except (zipfile.BadZipFile, LookupError, json.JSONDecodeError, SafetensorError) as error:
+    except _DAMAGE as error:
         raise ExportError(f"{path}: not an exported checkpoint ({error}).") from error
     here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if here not in description["platforms"]:

@@ -111,6 +111,56 @@ def test_shapes_that_do_not_fit(artefact, change: dict, message: str) -> None:
         load(artefact)(*{**table(), **change}.values())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"t": np.arange(12) % 2 + 1}, "t must hold 0 and 1"),
+        ({"query_t": 7.0}, "query_t must hold 0 and 1"),
+        ({"x": np.full((12, 3), np.inf)}, "x holds values that are not finite"),
+        ({"y": np.full(12, np.nan)}, "y holds values that are not finite"),
+        ({"y": 1e12 + np.arange(12)}, "float32 cannot hold"),
+    ],
+)
+def test_values_that_cannot_be_answered_for(artefact, change: dict, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        load(artefact)(*{**table(), **change}.values())
+
+
+def test_units_and_places_of_columns_do_not_matter(artefact) -> None:
+    predictor, question = load(artefact), table()
+    question["x"][0, 0] = np.nan
+    near = predictor(*question.values())
+    moved = {name: 1e6 + 2.0 * question[name].astype(np.float64) for name in ("x", "query")}
+    moved["y"] = 1e3 + 5.0 * question["y"].astype(np.float64)
+    far = predictor(*{**question, **moved}.values())
+    np.testing.assert_allclose((far.mean - 1e3) / 5, near.mean, atol=1e-3)
+    np.testing.assert_allclose(far.logits, near.logits, atol=1e-3)
+
+
+def test_a_gpus_own_kernels_are_not_exported(checkpoint, tmp_path, monkeypatch) -> None:
+    """On a host with CUDA, networks in 16 bits compute attention by cuDNN."""
+    from dopfn_jax.model import attention
+
+    model = ModelConfig(width=32, layers=2, heads=2, buckets=16, compute_dtype="bfloat16")
+    config = Config(prior=checkpoint.config.prior, model=model)
+    network = DoPFN(config.model, rngs=nnx.Rngs(0))
+    monkeypatch.setattr(attention, "_platform", lambda: "cuda")
+    queries = jax.ShapeDtypeStruct((1, 1, 4, 2, 16), "bfloat16")
+    assert attention.uses_cudnn(queries, "cuda")
+    export(Checkpoint("half", network, config, 0), tmp_path / "half.zip")
+    assert load(tmp_path / "half.zip").platforms == ("cpu", "cuda", "tpu")
+
+
+def test_a_damaged_program_is_named(artefact, tmp_path) -> None:
+    whole = artefact.read_bytes()
+    for place in range(200, len(whole) - 200, len(whole) // 40):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        (tmp_path / "damaged.zip").write_bytes(damaged)
+        with pytest.raises(ExportError, match="not an exported checkpoint"):
+            load(tmp_path / "damaged.zip")
+
+
 def test_files_that_are_no_artefact(tmp_path) -> None:
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "nothing")

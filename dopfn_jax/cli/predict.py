@@ -27,6 +27,7 @@ Examples:
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import tempfile
@@ -190,9 +191,21 @@ def _read(path: Path) -> "pd.DataFrame":
     import pandas as pd
 
     try:
-        return pd.read_csv(path)
+        names = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].dropna()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            # Else pandas takes the first column as labels where rows are longer than the names.
+            table = pd.read_csv(path, index_col=False)
+    except pd.errors.ParserWarning as error:
+        raise ValueError(
+            f"{path}: its rows have more cells than the line of names: name the first column if it "
+            "has none, or quote cells that hold a comma."
+        ) from error
     except ValueError as error:  # empty, ragged, or no text
         raise ValueError(f"{path}: is no CSV table ({error}).") from error
+    for name in names[names.duplicated()]:
+        raise ValueError(f"{path}: has more than one column {name!r}: rename or drop one.")
+    return table
 
 
 def _check_column(table: "pd.DataFrame", name: str, option: str) -> None:
@@ -241,18 +254,20 @@ def _effects(model: "DoPFNRegressor", X: "pd.DataFrame") -> "pd.DataFrame":
     import pandas as pd
 
     means = [model.predict(X, arm) for arm in (0, 1)]
+    # Seven digits of what varies, also where outcomes lie far from zero.
+    digits = 6 - math.floor(math.log10(model.schema_.outcome.scale))
     effects = pd.DataFrame({"cate": means[1] - means[0]}, index=X.index)
     for arm in (0, 1):
         effects[f"cid{arm}"] = means[arm]
         if not model.schema_.binary_outcome:
             quantiles = model.predict(X, arm, "quantiles", list(_QUANTILES.values()))
             effects[[f"cid{arm}_{name}" for name in _QUANTILES]] = quantiles
-    return effects
+    return effects.round(digits)
 
 
 def _write(effects: "pd.DataFrame", output: Path) -> None:
     """Writes the file in one go, so that a failure leaves no half of it."""
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
         new = Path(temporary, "new.csv")
-        effects.to_csv(new, index_label="row", float_format="%.7g")
+        effects.to_csv(new, index_label="row")
         os.replace(new, output)

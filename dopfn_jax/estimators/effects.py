@@ -18,6 +18,8 @@ from dopfn_jax.tables import Schema, check_order, read_treatment
 
 # Labels of subgroups: a column of the table, or one label per row (a mask, for example).
 By = str | int | Data
+# Which of the fitted rows an average is over: indices of a subgroup, an arm, or None for all.
+Part = NDArray[np.intp] | int | None
 
 # The standard error of an average over more rows than this is that over so many random ones.
 INTERVAL_ROWS = 1024
@@ -41,7 +43,8 @@ class EffectEstimator(InContextEstimator):
     Estimates that are drawn towards what the prior deems likely spread less than they err. So the
     standard error of an average is never taken to be smaller than that of `aipw_ate`, which no
     estimator without a prior undercuts in large tables (Hahn, 1998), nor than the distance between
-    `ate` and `aipw_ate`.
+    `ate` and `aipw_ate`; for a subgroup or an arm of the fitted table, also not smaller than the
+    same of its own rows. Of other rows no outcomes are known that could show as much.
 
     What such an interval covers: how much the estimate would change had other units of the same
     population been observed. The rows asked about are held fixed. What it does not cover:
@@ -219,11 +222,13 @@ class EffectEstimator(InContextEstimator):
         check_order(X=X, by=by)
         x = self._read_rows(X)
         if by is None:
-            return self._interval_of_average(x, alpha)
+            return self._interval_of_average(x, alpha, None)
         groups = group_rows(by, x, self.schema_)
         effects = self._member_effects(x).mean(axis=0)
         estimates = np.array([effects[rows].mean() for rows in groups.values()])
-        errors = reach * self._errors_of_averages(x, list(groups.values()))
+        parts = list(groups.values())
+        least = self._least_errors(*(parts if X is None else [None] * len(parts)))
+        errors = reach * self._errors_of_averages(x, parts, least)
         ends = {"lower": estimates - errors, "upper": estimates + errors}
         return pd.DataFrame(ends, index=_index(groups, by))
 
@@ -237,7 +242,7 @@ class EffectEstimator(InContextEstimator):
 
     def att_interval(self, *, alpha: float = 0.05) -> tuple[float, float]:
         """An interval for `att`; arguments, answer and errors as for `ate_interval`."""
-        return self._interval_of_average(self._arm(1), alpha)
+        return self._interval_of_average(self._arm(1), alpha, 1)
 
     def atc(self) -> float:
         """Average effect in the controls: the mean of `cate` over the fitted rows with t = 0.
@@ -248,7 +253,7 @@ class EffectEstimator(InContextEstimator):
 
     def atc_interval(self, *, alpha: float = 0.05) -> tuple[float, float]:
         """An interval for `atc`; arguments, answer and errors as for `ate_interval`."""
-        return self._interval_of_average(self._arm(0), alpha)
+        return self._interval_of_average(self._arm(0), alpha, 0)
 
     def _arm(self, arm: int) -> NDArray[np.float32]:
         """Standardised covariates of the fitted rows of an arm."""
@@ -259,27 +264,45 @@ class EffectEstimator(InContextEstimator):
             raise TableError("X has no rows to average over.")
         return float(self._member_effects(x).mean())
 
-    def _interval_of_average(self, x: NDArray[np.float32], alpha: float) -> tuple[float, float]:
+    def _interval_of_average(
+        self, x: NDArray[np.float32], alpha: float, part: Part
+    ) -> tuple[float, float]:
         reach, estimate = reach_of(alpha), self._average(x)
-        (error,) = self._errors_of_averages(x, [np.arange(len(x))])
+        (error,) = self._errors_of_averages(x, [np.arange(len(x))], self._least_errors(part))
         return estimate - reach * float(error), estimate + reach * float(error)
 
     def _errors_of_averages(
-        self, x: NDArray[np.float32], groups: list[NDArray[np.intp]]
+        self, x: NDArray[np.float32], groups: list[NDArray[np.intp]], least: list[float]
     ) -> NDArray[np.float64]:
-        """Standard errors of average effects over groups of rows, (G,)."""
+        """Standard errors of average effects over groups of rows, (G,), `least` or more each."""
         generator = np.random.default_rng(self.random_state)
         parts = [generator.permutation(rows)[:INTERVAL_ROWS] for rows in groups]
         rows = np.unique(np.concatenate(parts))
         effects, factor = self._resampled_effects(x[rows])
         averages = [effects[:, np.searchsorted(rows, part)].mean(axis=1) for part in parts]
         error = np.sqrt(factor) * np.std(averages, axis=1, ddof=1)
-        return np.maximum(error, self._least_error())
+        return np.maximum(error, least)
 
-    def _least_error(self) -> float:
-        """The number below which no standard error of an average is believed, in units of y."""
-        residuals = self._weighted_residuals()
-        return max(_standard_error(residuals), abs(float(residuals.mean())))
+    def _least_errors(self, *parts: Part) -> list[float]:
+        """Numbers below which no standard errors of averages are believed, in units of y.
+
+        A part is a subgroup of the fitted rows, an arm, or None for all of them.
+        """
+        residuals, propensity = self._weighted_residuals()
+
+        def of(corrections: NDArray[np.float64]) -> float:
+            error = _standard_error(corrections) if len(corrections) > 1 else 0.0
+            return max(error, abs(float(corrections.mean())))
+
+        def own(part: Part) -> float:
+            if part is None:
+                return 0.0
+            if isinstance(part, int):  # as AIPW corrects an average over an arm
+                share = propensity if part else 1 - propensity
+                return of(residuals * share / share.mean())
+            return of(residuals[part])
+
+        return [max(of(residuals), own(part)) for part in parts]
 
     def aipw_ate(self) -> float:
         """The ATE of the fitted rows if nothing but the covariates confounds, as in a trial.
@@ -317,16 +340,17 @@ class EffectEstimator(InContextEstimator):
 
     def _aipw(self) -> tuple[float, float]:
         """`aipw_ate` and its standard error."""
-        residuals = self._weighted_residuals()
+        residuals, _ = self._weighted_residuals()
         estimate = self._average(self.table_.x) + float(residuals.mean())
         return estimate, _standard_error(residuals)
 
-    def _weighted_residuals(self) -> NDArray[np.float64]:
-        """Residuals of the fitted rows over the probability of their treatment, (N,), units of y.
+    def _weighted_residuals(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Residuals of the fitted rows over the probability of their treatment, and propensities.
 
-        Those of controls have the other sign, so that the mean is what AIPW adds to the ATE. Rows
-        are predicted from a context that holds them: nothing has been fitted to them that could
-        overfit, and predictions from the other folds err more in small tables.
+        Both (N,), residuals in units of y. Those of controls have the other sign, so that the mean
+        is what AIPW adds to the ATE. Rows are predicted from a context that holds them: nothing has
+        been fitted to them that could overfit, and predictions from the other folds err more in
+        small tables.
         """
         check_is_fitted(self)
         self._require_two_rows_per_arm("a doubly robust estimate")
@@ -336,7 +360,7 @@ class EffectEstimator(InContextEstimator):
         propensity = overlap.propensity.clip(least, 1 - least)
         expected = self._means(table.x, table.t, self._contexts).mean(axis=0)
         weight = np.where(table.t == 1, 1 / propensity, -1 / (1 - propensity))
-        return self.schema_.outcome.scale * weight * (table.y - expected)
+        return self.schema_.outcome.scale * weight * (table.y - expected), propensity
 
     def _binary_effect_interval(
         self, x: NDArray[np.float32], alpha: float

@@ -164,6 +164,8 @@ class InContextEstimator(BaseEstimator):
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
         self.network_ = self._network(checkpoint, self.n_features_in_)
+        decided = ("n_estimators", "max_context", "transforms")
+        self._settings_of_views = {setting: getattr(self, setting) for setting in decided}
         self.views_ = draw_views(table, self.n_estimators, self.max_context, seed, self.transforms)
         self.contexts_ = list(self._encode()) if self.cache else []
         return self

@@ -267,7 +267,8 @@ class DoPFNRegressor(EffectEstimator):
         effects = self._member_effects(self.table_.x)
         groups = [np.arange(len(treated)), np.flatnonzero(treated), np.flatnonzero(~treated)]
         estimates = [float(effects[:, rows].mean()) for rows in groups]
-        errors = reach * self._errors_of_averages(self.table_.x, groups)
+        least = self._least_errors(None, 1, 0)
+        errors = reach * self._errors_of_averages(self.table_.x, groups, least)
         ate, att, atc = (
             (estimate, (estimate - error, estimate + error))
             for estimate, error in zip(estimates, errors.tolist(), strict=True)
@@ -377,7 +378,8 @@ class DoPFNRegressor(EffectEstimator):
             FileExistsError: the path is something other than a saved estimator.
         """
         check_is_fitted(self)
-        settings = self.get_params(deep=False)
+        # What members read was decided by `fit`, whatever has been set since.
+        settings = {**self.get_params(deep=False), **self._settings_of_views}
         saved = archive.Saved(settings, self.checkpoint_, self.schema_, self.table_, self.seed_)
         archive.write(Path(path), saved)
 

@@ -27,6 +27,10 @@ except ImportError:  # nothing but DoWhy has a use for the class
     CausalEstimator = object
 
 
+# How an estimand may have been identified.
+_ADJUSTMENTS = ("backdoor", "general_adjustment")
+
+
 class DoPFNEstimator(CausalEstimator):
     """Effects of a binary treatment, given the adjustment set of an estimand.
 
@@ -58,13 +62,20 @@ class DoPFNEstimator(CausalEstimator):
             effect_modifier_names: columns that effects may vary with.
 
         Raises:
-            TableError: more than one treatment or outcome, or a table that cannot be used.
+            TableError: more than one treatment or outcome, an estimand that is not identified by
+                adjustment, or a table that cannot be used.
         """
         estimand = self._target_estimand
         names = {"treatment": estimand.treatment_variable, "outcome": estimand.outcome_variable}
         for role, found in names.items():
             if len(found) != 1:
                 raise TableError(f"{role} is {found}, but must be a single column.")
+        method = estimand.identifier_method
+        if method is not None and not method.startswith(_ADJUSTMENTS):
+            raise TableError(
+                f"the estimand is identified by {method!r}, but Do-PFN reads an adjustment set: "
+                "name the method 'backdoor.dopfn_jax.interop.dowhy.DoPFNEstimator'."
+            )
         self._set_effect_modifiers(data, effect_modifier_names)
         covariates = [*estimand.get_adjustment_set(), *self._effect_modifier_names]
         self._covariates = list(dict.fromkeys(covariates))

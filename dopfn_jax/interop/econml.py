@@ -47,12 +47,14 @@ class DoPFNCateEstimator(BaseEstimator):
             T: (N,) treatment, 0 or 1.
             X: (N, F) covariates that effects may vary with.
             W: (N, F') further covariates.
-            **options: EconML passes `inference` and `cache_values`, which change nothing here.
+            **options: EconML passes `inference` and `cache_values`, which change nothing here, and
+                others that are None.
 
         Raises:
             TableError: an option that would be ignored, or a table that cannot be used.
         """
-        unknown = options.keys() - {"inference", "cache_values"}
+        given = {name for name, value in options.items() if value is not None}
+        unknown = given - {"inference", "cache_values"}
         if unknown:
             raise TableError(f"fit cannot use {', '.join(sorted(unknown))}: leave it out.")
         check_order(X=X, W=W, T=T, Y=Y)
@@ -95,6 +97,9 @@ class DoPFNCateEstimator(BaseEstimator):
         if self.controls_ is None:
             return X
         X = self.X_ if X is None else X
+        if isinstance(self.X_, pd.DataFrame) and not isinstance(X, pd.DataFrame):
+            # EconML's scorers pass arrays; the columns are matched by position.
+            X = pd.DataFrame(np.asarray(X), columns=self.X_.columns)
         rows = range(len(self.model_.table_.t) if X is None else np.shape(X)[0])
         return _beside(X, pd.DataFrame(np.nan, index=rows, columns=self.controls_))
 

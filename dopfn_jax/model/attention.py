@@ -5,6 +5,9 @@ D width, H heads.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Literal
 
@@ -23,6 +26,7 @@ _NEVER, _NEVER_FUSED = -1e30, -1e5
 _SCORES_AT_ONCE = {"cpu": 2**20, "elsewhere": 2**26}
 # Widths of a head that cuDNN takes: multiples of 8, up to 128 before Hopper.
 _CUDNN_STEP, _CUDNN_WIDEST = 8, 128
+_PORTABLE: ContextVar[bool] = ContextVar("_PORTABLE", default=False)
 
 
 class Attention(nnx.Module):
@@ -72,6 +76,16 @@ class Attention(nnx.Module):
         return tokens.reshape(*leading, self.heads, width // self.heads)
 
 
+@contextmanager
+def for_every_platform() -> Iterator[None]:
+    """Within it programs are traced that do not suit the platform of this process alone."""
+    token = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(token)
+
+
 def uses_cudnn(queries: jax.Array, platform: str) -> bool:
     """Whether cuDNN's fused attention can compute this: on CUDA, in 16 bits, at this head width.
 
@@ -79,6 +93,8 @@ def uses_cudnn(queries: jax.Array, platform: str) -> bool:
     """
     width = queries.shape[-1]
     fits = width % _CUDNN_STEP == 0 and width + _CUDNN_STEP <= _CUDNN_WIDEST
+    if _PORTABLE.get():
+        return False
     return platform == "cuda" and queries.dtype in (jnp.bfloat16, jnp.float16) and fits
 
 

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from dopfn_jax.scm.interventions import Intervention, do, observe
 from dopfn_jax.scm.named import SCM, SCMError
+from dopfn_jax.scm.nodes import Constant, Node
 
 
 def counterfactual(
@@ -54,7 +55,7 @@ def _factual(scm: SCM, rows: Mapping[str, ArrayLike]) -> tuple[SCM, dict[str, ja
     values: dict[str, jax.Array] = {}
     for name, node in scm.nodes.items():
         if name in scm.observations:
-            values[name] = jnp.asarray(scm.observations[name])
+            values[name] = node.transform(jnp.asarray(scm.observations[name]))
         elif not node.is_random and all(parent in values for parent in node.inputs):
             values[name] = node.transform(node.natural(values, None))
             if name in given:
@@ -81,12 +82,11 @@ def _predict(
     outputs: str | Iterable[str] | None,
 ) -> dict[str, jax.Array]:
     # Where no other intervention reaches a node, its natural value is the observed one.
-    natural = {
-        name: factual[name]
-        for name in interventions
-        if name in factual and scm.ancestors(name).isdisjoint(interventions)
-    }
-    changed = do(scm.replace(observations=natural), interventions)
+    nodes = dict(scm.nodes)
+    for name in interventions:
+        if name in factual and scm.ancestors(name).isdisjoint(interventions):
+            nodes[name] = Node(per_row=nodes[name].per_row, mechanism=Constant(factual[name]))
+    changed = do(scm.replace(nodes=nodes, observations={}), interventions)
     reached = {*interventions, *scm.descendants(interventions)}
     rows = scm.rows if scm.rows is not None else changed.rows
     if changed.rows not in (None, rows):

@@ -28,6 +28,13 @@ class Distribution(Protocol):
         """Log density, elementwise."""
 
 
+def is_discrete(noise: Any) -> bool:
+    """Whether a distribution is over whole numbers: `bernoulli`, and what NumPyro says so of."""
+    return isinstance(noise, Bernoulli) or getattr(
+        getattr(noise, "support", None), "is_discrete", False
+    )
+
+
 def as_leaf(value: Any) -> Any:
     """`value` as float32 without touching a backend unless it already lives there."""
     return (
@@ -165,9 +172,10 @@ class Bernoulli:
         return jax.random.bernoulli(key, self.probability, sample_shape).astype(jnp.float32)
 
     def log_prob(self, value: ArrayLike) -> jax.Array:
-        """Log probability of 0 or 1, elementwise."""
-        one = jnp.asarray(value) > 0.5
-        return jnp.where(one, jnp.log(self.probability), jnp.log1p(-self.probability))
+        """Log probability of 0 or 1, elementwise; -inf of anything else."""
+        value = jnp.asarray(value)
+        mass = jnp.where(value == 1, jnp.log(self.probability), jnp.log1p(-self.probability))
+        return jnp.where((value == 0) | (value == 1), mass, -jnp.inf)
 
 
 def bernoulli(probability: ArrayLike = 0.5) -> Bernoulli:

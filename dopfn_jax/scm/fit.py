@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from dopfn_jax.scm.distributions import Bernoulli, Empirical, HalfNormal, Noise, Uniform
+from dopfn_jax.scm.distributions import Empirical, HalfNormal, Noise, Uniform, is_discrete
 from dopfn_jax.scm.interventions import observe
 from dopfn_jax.scm.named import SCM, SCMError
 from dopfn_jax.scm.noise import NOISE_FAMILIES, STUDENT_T_DEGREES
@@ -37,16 +37,17 @@ def fit(
         scm: the model; what it observes already counts as data.
         data: {node: (R,) values}, or a data frame; {} where `scm` holds the data.
         key: a PRNG key.
-        method: "nuts" draws by the No-U-Turn sampler, "map" finds the mode of the posterior
-            density of the noise of the unknowns.
+        method: "nuts" draws by the No-U-Turn sampler, "map" finds a mode of the posterior
+            density of the noise of the unknowns, the one near a random start by `key`.
         chains: number of chains C, run together. NUTS only, as are
         draws: draws per chain that are kept, S, and
         warmup: draws per chain that adapt the sampler.
         progress: show a progress bar.
 
     Raises:
-        SCMError: no data, nothing unknown, data that `observe` refuses, an observed node that
-            depends on unknowns and whose density is not known, or an unknown that is discrete.
+        SCMError: no data, none that tells about anything unknown, data that `observe` refuses, an
+            observed node that depends on unknowns and whose density is not known, or an unknown
+            that is discrete.
         ImportError: NumPyro is missing.
         ValueError: an unknown method.
     """
@@ -65,9 +66,10 @@ def fit(
         for name in needed:
             node = scm.nodes[name]
             if name in scm.observations:
-                values[name] = jnp.asarray(scm.observations[name])
+                natural = jnp.asarray(scm.observations[name])
+                values[name] = node.transform(natural)
                 if name in informative:
-                    density = node.log_density(values, values[name])
+                    density = node.log_density(values, natural)
                     numpyro.factor(f"{name} (log density)", density.sum())
                 continue
             shape = (scm.rows,) if node.per_row else ()
@@ -80,7 +82,7 @@ def fit(
                 numpyro.deterministic(name, jnp.broadcast_to(values[name], shape))
 
     if method == "map":
-        return Posterior(scm, _mode(model, unknown))
+        return Posterior(scm, _mode(model, unknown, key))
     sampler = numpyro.infer.MCMC(
         numpyro.infer.NUTS(model),
         num_warmup=warmup,
@@ -112,26 +114,28 @@ def _plan(scm: SCM) -> tuple[list[str], set[str]]:
         informative.add(name)
         unknown |= above
         node = scm.nodes[name]
-        if not node.is_recoverable or isinstance(node.noise, (Bernoulli, Empirical)):
+        if not node.is_invertible or is_discrete(node.noise) or isinstance(node.noise, Empirical):
             raise SCMError(
                 f"fit: the density of {name!r} given its parents is not known. Give it additive "
                 "noise with a density, or node(..., inverse=...), or leave out its data."
             )
+    if not informative:
+        raise SCMError(
+            "fit: the data tell about nothing that is unknown. Make coefficients or scales nodes "
+            "with a prior, parameter(normal()), and observe what depends on them. A `do` releases "
+            "the data below it: set what is known before `observe`."
+        )
     # Parameters without data keep their prior, so that every draw sets all of them.
     unknown |= set(scm.unknown_parameters)
     for name in unknown:
-        if isinstance(scm.nodes[name].noise, (Bernoulli, Empirical)):
+        node = scm.nodes[name]
+        if node.is_discrete or is_discrete(node.noise) or isinstance(node.noise, Empirical):
             raise SCMError(
                 f"fit: {name!r} is unknown and discrete, which NUTS and MAP cannot infer. Observe "
                 "it, or set it by do."
             )
-        if scm.nodes[name].per_row and scm.rows is None:
+        if node.per_row and scm.rows is None:
             raise SCMError(f"fit: {name!r} has no data and the number of rows is not known.")
-    if not unknown:
-        raise SCMError(
-            "fit: nothing is unknown that the data tell about. Make coefficients or scales nodes "
-            "with a prior: parameter(normal())."
-        )
     return [name for name in scm.names if name in unknown], informative
 
 
@@ -148,8 +152,8 @@ def _direct_unknowns(scm: SCM, name: str) -> set[str]:
     return {other for other in found if scm.nodes[other].is_random}
 
 
-def _mode(model: Callable[[], None], unknown: list[str]) -> dict[str, jax.Array]:
-    """Values of the unknowns at the mode, (1, 1, ...) each, by L-BFGS."""
+def _mode(model: Callable[[], None], unknown: list[str], key: jax.Array) -> dict[str, jax.Array]:
+    """Values of the unknowns at a mode, (1, 1, ...) each, by L-BFGS."""
     import optax
 
     numpyro = _numpyro()
@@ -182,7 +186,11 @@ def _mode(model: Callable[[], None], unknown: list[str]) -> dict[str, jax.Array]
         free = jax.lax.while_loop(unfinished, step, state)[0]
         return free, loss(free)
 
-    start = {name: jnp.zeros(sites[f"{name} (noise)"]["value"].shape) for name in unknown}
+    # Not at zero, where the density is level in unknowns that are multiplied with one another.
+    start = {
+        name: 0.1 * jax.random.normal(name_key, sites[f"{name} (noise)"]["value"].shape)
+        for name, name_key in zip(unknown, jax.random.split(key, len(unknown)), strict=True)
+    }
     free, value = minimum(start)
     if not np.isfinite(value):
         raise SCMError(f"fit: the search for the mode ended at log density {-float(value)}.")

@@ -68,9 +68,10 @@ def propagate_named(
     values: dict[str, jax.Array] = {}
     for name, node in scm.nodes.items():
         if name in scm.observations:
-            value = jnp.asarray(scm.observations[name])
+            natural = jnp.asarray(scm.observations[name])
         else:
-            value = node.transform(node.natural(values, noise[name] if node.is_random else None))
+            natural = node.natural(values, noise[name] if node.is_random else None)
+        value = node.transform(natural)
         if node.per_row and n is not None:
             value = jnp.broadcast_to(value, (n,))
         values[name] = value

@@ -1,5 +1,7 @@
 """The operators do and observe: a new SCM in which a node is set, or data are given."""
 
+import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,7 +11,7 @@ from jax.typing import ArrayLike
 
 from dopfn_jax.scm.distributions import as_leaf
 from dopfn_jax.scm.named import PROBE_ROWS, SCM, SCMError
-from dopfn_jax.scm.nodes import Constant, Node, as_pytree
+from dopfn_jax.scm.nodes import Binary, Constant, Linear, Node, as_pytree
 
 Intervention = ArrayLike | Callable[[jax.Array], jax.Array]
 
@@ -28,8 +30,9 @@ def do(
     edges then end in the natural value, and children see the new one. A later `do` on the same
     node replaces its value, or applies to it.
 
-    On an observed SCM, data of an intervened node are its natural value. Data of its descendants
-    belong to the world without the intervention and are released: these nodes are random again.
+    On an observed SCM, a function applies to the node's data, which are its natural value. Data
+    below an intervention belong to the world without it and are released: these nodes are random
+    again.
     For what would have happened to the very units that were observed, see `counterfactual`.
 
     Args:
@@ -40,15 +43,23 @@ def do(
         outputs: what to keep when pruning; by default the intervened nodes and their descendants.
 
     Raises:
-        SCMError: an unknown node, a value of the wrong shape or not finite, or arrays whose number
-            of rows differs from that of the data or of one another.
+        SCMError: an unknown node, a value of the wrong shape or not finite, arrays whose number of
+            rows differs from that of the data or of one another, or a mechanism, which would be
+            given the node's own value instead of its parents'.
     """
     scm.require(interventions)
-    nodes, observations = dict(scm.nodes), dict(scm.observations)
+    nodes = dict(scm.nodes)
     affected = {*interventions, *scm.descendants(interventions)}
+    kept = {
+        name: data
+        for name, data in scm.observations.items()
+        if name not in affected
+        or (callable(interventions.get(name)) and scm.ancestors(name).isdisjoint(interventions))
+    }
     for name, intervention in interventions.items():
-        nodes[name] = _intervened(name, nodes[name], intervention, observations.get(name))
-    kept = {name: data for name, data in observations.items() if name not in affected}
+        if callable(intervention):
+            _check_argument(scm, name, intervention)
+        nodes[name] = _intervened(name, nodes[name], intervention, kept.get(name))
     result = scm.replace(nodes=nodes, observations=kept)
     _ = result.rows  # raises where numbers of rows disagree
     if not prune:
@@ -57,12 +68,9 @@ def do(
 
 
 def _intervened(name: str, old: Node, intervention: Intervention, data: Any) -> Node:
-    constant = Node(per_row=old.per_row, intervened=True)
     if callable(intervention):
         function = as_pytree(intervention)
-        if data is not None:
-            old = constant.replace(mechanism=Constant(data))
-        _check_function(name, old, function)
+        _check_function(name, old, function, data)
         return old.replace(transforms=(*old.transforms, function), intervened=True)
     value = _as_value("do", name, intervention)
     if value.ndim > int(old.per_row):
@@ -70,13 +78,30 @@ def _intervened(name: str, old: Node, intervention: Intervention, data: Any) -> 
             f"do: {name!r} has shape {value.shape}, but "
             + ("must be one number or (R,)." if old.per_row else "is a parameter: one number.")
         )
-    return constant.replace(mechanism=Constant(value))
+    return Node(per_row=old.per_row, intervened=True, mechanism=Constant(value))
 
 
-def _check_function(name: str, old: Node, function: Callable[[jax.Array], Any]) -> None:
+def _check_argument(scm: SCM, name: str, function: Callable[..., Any]) -> None:
+    """Raises SCMError for what looks like a new mechanism."""
+    arguments = function.parents if isinstance(function, (Linear, Binary)) else ()
+    if not arguments:
+        with contextlib.suppress(TypeError, ValueError):  # built-ins have no signature
+            arguments = tuple(inspect.signature(function).parameters)[:1]
+    for other in arguments:
+        if other != name and other in scm.nodes:
+            raise SCMError(
+                f"do: the function of {name!r} takes {other!r}, another node, but is given the "
+                f"natural value of {name!r} itself: call its argument {name!r}. For a new "
+                "mechanism build an SCM with it; for values computed from rows pass an array."
+            )
+
+
+def _check_function(name: str, old: Node, function: Callable[[jax.Array], Any], data: Any) -> None:
     """Raises SCMError where the function does not map rows to rows."""
     shape: tuple[int, ...] = (PROBE_ROWS,) if old.per_row else ()
-    if isinstance(old.mechanism, Constant):
+    if data is not None:
+        shape = np.shape(data)
+    elif isinstance(old.mechanism, Constant):
         shape = np.shape(old.mechanism.value)
     try:
         out = jax.eval_shape(function, jax.ShapeDtypeStruct(shape, np.float32))

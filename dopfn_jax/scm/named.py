@@ -295,6 +295,8 @@ def _check_shape(name: str, child: Node, nodes: Mapping[str, Node]) -> None:
     def shape(per_row: bool) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((PROBE_ROWS,) if per_row else (), jnp.float32)
 
+    if child.is_random:
+        _check_noise(name, child, shape(child.per_row).shape)
     values = {parent: shape(nodes[parent].per_row) for parent in child.inputs}
     noise = shape(child.per_row) if child.is_random else None
     try:
@@ -311,6 +313,19 @@ def _check_shape(name: str, child: Node, nodes: Mapping[str, Node]) -> None:
             + f" to shape {out.shape} (R = {PROBE_ROWS}); it must return "
             + ("(R,) or (). " if child.per_row else "(). ")
             + "Write one node per entry of a vector."
+        )
+
+
+def _check_noise(name: str, child: Node, shape: tuple[int, ...]) -> None:
+    """Raises SCMError where the noise is not one number for each row."""
+    try:
+        drawn = jax.eval_shape(lambda: child.noise.sample(jax.random.key(0), shape)).shape
+    except Exception as error:
+        raise SCMError(f"node {name!r}: its distribution cannot be drawn: {error}") from error
+    if drawn != shape:
+        raise SCMError(
+            f"node {name!r}: its distribution draws {drawn} instead of {shape} numbers. Write one "
+            "node per entry of a vector."
         )
 
 

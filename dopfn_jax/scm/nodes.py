@@ -19,10 +19,13 @@ import numpy as np
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from dopfn_jax.scm.distributions import Bernoulli, Distribution, Noise, as_leaf
+from dopfn_jax.scm.distributions import Bernoulli, Distribution, Noise, as_leaf, is_discrete
 from dopfn_jax.scm.mechanisms import MECHANISM_NAMES, MECHANISMS, apply_mechanism
 
 Values = Mapping[str, jax.Array]
+
+# By how much discrete noise that is recovered may miss a whole number.
+_ROUNDING = 1e-4
 
 
 @partial(
@@ -72,8 +75,12 @@ class Node:
     @property
     def is_recoverable(self) -> bool:
         """Whether noise follows from the node's value and its parents'."""
-        additive = not self.takes_noise or self.inverse is not None
-        return self.is_random and additive and not self.transforms
+        return self.is_invertible and not self.transforms
+
+    @property
+    def is_invertible(self) -> bool:
+        """Whether noise follows from the node's natural value and its parents'."""
+        return self.is_random and (not self.takes_noise or self.inverse is not None)
 
     def location(self, values: Values) -> jax.Array:
         """What noise is added to."""
@@ -95,14 +102,19 @@ class Node:
         return value
 
     def recover(self, values: Values, value: jax.Array) -> jax.Array:
-        """The noise that led to `value`, given all `inputs`; needs `is_recoverable`."""
+        """The noise that led to the natural `value`, given all `inputs`; needs `is_invertible`."""
         if self.takes_noise:
             return self.inverse(value, *(values[name] for name in self.parents))
         return (value - self.location(values)) / self._scale(values)
 
     def log_density(self, values: Values, value: jax.Array) -> jax.Array:
-        """Log density of `value` given all `inputs`, elementwise; needs `is_recoverable`."""
+        """Log density of the natural `value` given all `inputs`, elementwise.
+
+        Needs `is_invertible`. Of discrete noise it is the log probability.
+        """
         recover = partial(self.recover, values)
+        if is_discrete(self.noise):
+            return _log_mass(self.noise, recover(value))
         noise, slope = jax.jvp(recover, (value,), (jnp.ones_like(value),))
         return self.noise.log_prob(noise) + jnp.log(jnp.abs(slope))
 
@@ -112,6 +124,16 @@ class Node:
 
     def _scale(self, values: Values) -> jax.Array:
         return values[self.scale_parent] if self.scale_parent else jnp.ones(())
+
+
+def _log_mass(noise: Distribution, value: jax.Array) -> jax.Array:
+    """Log probability of discrete noise, -inf off its support; rounding is forgiven."""
+    whole = jnp.round(value)
+    possible = jnp.abs(value - whole) < _ROUNDING
+    support = getattr(noise, "support", None)  # NumPyro's do not ask whether they can hold a value
+    if support is not None:
+        possible &= support(whole)
+    return jnp.where(possible, noise.log_prob(whole), -jnp.inf)
 
 
 def node(

@@ -317,8 +317,11 @@ def _exact(
         if not covariates:
             return centre[0]
         x_centre, x_slope = linear_part(scm, covariates)
-        gain = slope[0] @ jnp.linalg.pinv(x_slope)
-        return centre[0] + gain @ (row - x_centre)
+        # In units of their own spread: a covariate of small units is no rounding of another.
+        spread = jnp.linalg.norm(x_slope, axis=1)
+        spread = jnp.where(spread > 0, spread, 1.0)
+        gain = slope[0] @ jnp.linalg.pinv(x_slope / spread[:, None])
+        return centre[0] + gain @ ((row - x_centre) / spread)
 
     def contrast(settings: list[dict[str, jax.Array]], row: jax.Array) -> jax.Array:
         means = [mean(one, row) for one in settings]

@@ -102,7 +102,7 @@ def interventional(
         {node: (R,) means}.
 
     Raises:
-        SCMError: as for `do`, `observe` and `sample`.
+        SCMError: an unknown parameter, or as for `do`, `observe` and `sample`.
     """
     rows = {name: rows[name] for name in rows.keys()}  # noqa: SIM118 - a data frame iterates otherwise
     scm.require(rows)
@@ -122,6 +122,8 @@ def interventional(
         observe(scm, {name: repeated(value) for name, value in data.items()}),
         {name: repeated(value) for name, value in do.items()},
     )
+    for name in model.unknown_parameters:
+        raise SCMError(f"parameter {name!r} is unknown: set it by do, or fit the SCM first.")
     values = sample(model, key, size * samples, outputs)
     return {
         name: value.reshape(samples, size).mean(axis=0) if value.ndim else value

@@ -17,7 +17,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from dopfn_jax.checkpoints import RUN_WEIGHTS, CheckpointError
+from dopfn_jax.checkpoints import RUN_WEIGHTS, WEIGHTS_FILE, CheckpointError
 from dopfn_jax.config import Config, ConfigError
 from dopfn_jax.training.processes import succeeds_on_first
 
@@ -35,7 +35,8 @@ class RunDirectory:
 
     Raises:
         RunDirectoryError: the folder cannot be written, another run uses it, it holds a run and
-            `resume` is False, or its run has another configuration.
+            `resume` is False, its run has another configuration, or it holds weights or parts of a
+            run that this one would overwrite.
     """
 
     def __init__(self, folder: str | Path, config: Config, resume: bool):
@@ -141,7 +142,22 @@ class RunDirectory:
     def _claim(self, config: Config, resume: bool) -> None:
         """Writes the run's configuration, or compares it with the one that is there."""
         path = self.folder / "config.json"
-        if not path.exists() or not has_checkpoint(self.folder):  # it never came to save anything
+        if (self.folder / WEIGHTS_FILE).exists():
+            raise RunDirectoryError(
+                f"{self.folder} holds weights, not a run: choose another --workdir, with "
+                "--init-from this one to start from them"
+            )
+        if not has_checkpoint(self.folder) and (self.folder / RUN_WEIGHTS).exists():
+            raise RunDirectoryError(
+                f"{self.folder} holds a run without its checkpoints: choose another --workdir, "
+                "with --init-from this one to start from its weights"
+            )
+        if has_checkpoint(self.folder) and not path.exists():
+            raise RunDirectoryError(
+                f"{self.folder} holds checkpoints without their {path.name}: choose another "
+                "--workdir"
+            )
+        if not has_checkpoint(self.folder):  # it never came to save anything
             temporary = path.with_suffix(".tmp")
             temporary.write_text(config.to_json() + "\n")
             temporary.replace(path)

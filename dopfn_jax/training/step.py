@@ -78,7 +78,8 @@ class Trainer:
 
     Raises:
         MeshError: a number of tasks that the mesh's data axis does not divide.
-        ConfigError: effects asked of a model of observational outcomes.
+        ConfigError: effects, or tables of the wide prior, asked of a model of observational
+            outcomes.
     """
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -90,6 +91,12 @@ class Trainer:
             raise ConfigError(
                 f"training.effect_weight = {config.training.effect_weight}: an observational model "
                 "has no effects; set it to 0, or prior.target to interventional"
+            )
+        shapes = (*config.training.shapes, config.training.validation)
+        if config.prior.target == "observational" and any(shape.wide for shape in shapes):
+            raise ConfigError(
+                "prior.target = 'observational': the wide prior asks for interventional outcomes "
+                "only; leave `covariates` out of all training.shapes and training.validation"
             )
         self.config, self.mesh = config, mesh
         self._optimizer = make_optimizer(config.training)

@@ -135,6 +135,25 @@ def test_a_binary_outcome_gives_probabilities(run) -> None:
     assert effects[["cid0", "cid1"]].stack().between(0, 1).all()
 
 
+def test_a_separator_at_the_end_of_every_row_shifts_nothing(run, folder) -> None:
+    lines = (folder / "trial.csv").read_text().splitlines()
+    ended = [lines[0], *(f"{line}," for line in lines[1:])]
+    (folder / "ended.csv").write_text("\n".join(ended))
+    asked = ["--covariates", "age", "--json"]
+    expected, found = (json.loads(run(*asked, data=name)[1]) for name in ("trial.csv", "ended.csv"))
+    assert {**found, "effects_file": expected["effects_file"]} == expected
+
+
+def test_outcomes_far_from_zero_keep_their_digits(run, folder) -> None:
+    table = pd.read_csv("trial.csv")
+    table["weight"] = 1.6e9 + np.arange(16) * 10
+    table.to_csv("far.csv", index=False)
+    assert run("--covariates", "age", data="far.csv")[0] == 0
+    effects = pd.read_csv("far_effects.csv")
+    np.testing.assert_allclose(effects["cid1"] - effects["cid0"], effects["cate"], atol=1e-3)
+    assert effects["cid1_q05"].nunique() > 1
+
+
 def test_without_covariates_all_rows_have_the_same_effect(run, folder) -> None:
     code, printed, _ = run("--no-covariates", "--output", folder / "out.csv")
     assert code == 0
@@ -195,6 +214,8 @@ def test_mistakes_end_in_one_line(run, folder, arguments: list[str], message: st
         ("drug,weight,x\n0,2,inf\n1,3,1\n", "column 'x' holds inf in row 0"),
         ("drug,weight,a,b,c,d,e,f\n0,2,1,1,1,1,1,1\n1,3,1,1,1,1,1,1\n", "X has 6 covariates, but"),
         ("drug,weight\n0,2\n1,3\n", "a single row with treatment 0"),
+        ("age,drug,weight\n0,1,2,9\n1,0,3,9\n", "rows have more cells than the line of names"),
+        ("drug,weight,age,weight\n0,2,1,2\n1,3,1,3\n", "more than one column 'weight'"),
     ],
 )
 def test_unusable_tables_end_in_one_line(run, folder, content: str | None, message: str) -> None:

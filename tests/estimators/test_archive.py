@@ -48,6 +48,17 @@ def test_settings_and_names_come_back(checkpoint, tmp_path) -> None:
     np.testing.assert_array_equal(loaded.cate(), model.cate())
 
 
+def test_what_was_set_after_fit_does_not_change_what_was_read(checkpoint, tmp_path) -> None:
+    X, t, y = table()
+    model = DoPFNRegressor(checkpoint, n_resamples=5).fit(X, t, y)
+    expected = model.cate()
+    model.set_params(n_estimators=4, random_state=5, transforms=("none", "quantile_y"))
+    model.save(tmp_path / "model")
+    loaded = DoPFNRegressor.load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.cate(), expected)
+    assert loaded.ate_interval() == model.ate_interval()
+
+
 def test_nothing_else_is_overwritten(fitted, tmp_path) -> None:
     data = tmp_path / "data.csv"
     data.write_text("precious")

@@ -91,3 +91,19 @@ def test_refuters_take_the_estimate(ask, model: CausalModel) -> None:
         )
         assert np.isfinite(refutation.new_effect)
         assert refutation.new_effect != estimate.value
+
+
+@pytest.mark.parametrize("method", ["iv", "frontdoor"])
+def test_other_identifications_are_refused(data: pd.DataFrame, checkpoint, method: str) -> None:
+    """Without an adjustment set: z -> drug -> dose -> weight, and a hidden common cause."""
+    table = data.assign(z=data["drug"], dose=data["drug"] * data["age"])
+    graph = (
+        "digraph { z -> drug; drug -> dose; dose -> weight; U -> drug; U -> weight; "
+        'U [unobserved="yes"]; }'
+    )
+    model = CausalModel(table, treatment="drug", outcome="weight", graph=graph)
+    estimand = model.identify_effect(proceed_when_unidentifiable=True)
+    name = NAME.replace("backdoor", method, 1)
+    params = {"init_params": {"checkpoint": checkpoint}}
+    with pytest.raises(TableError, match=f"identified by '{method}'"):
+        model.estimate_effect(estimand, name, method_params=params)

@@ -70,6 +70,16 @@ def test_controls_may_be_frames_vectors_or_alone(checkpoint, table) -> None:
     assert np.ptp(estimator.effect()) == 0 < np.ptp(estimator.model_.cate())
 
 
+def test_arrays_are_matched_with_named_columns_by_position(checkpoint, table) -> None:
+    x, t, y = table
+    X = pd.DataFrame(x[:, :2], columns=["age", "dose"])
+    W = pd.DataFrame({"w": x[:, 2]}) if x.shape[1] > 2 else pd.DataFrame({"w": x[:, 1]})
+    estimator = DoPFNCateEstimator(DoPFNRegressor(checkpoint)).fit(
+        y, t, X=X, W=W, sample_weight=None
+    )
+    np.testing.assert_allclose(estimator.effect(X.to_numpy()), estimator.effect(X))
+
+
 def test_scorers_of_econml_take_it(checkpoint, table) -> None:
     pytest.importorskip("econml")
     from econml.cate_interpreter import SingleTreePolicyInterpreter

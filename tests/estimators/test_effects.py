@@ -56,12 +56,26 @@ class TestVocabulary:
         assert_same((high + low) / 2, fitted.cate())
         low, high = fitted.att_interval()
         error = effects[:, t == 1].mean(axis=1).std(ddof=1)
-        error = max(error, fitted._least_error())
+        error = max(error, fitted._least_errors(1)[0])
         assert (high - low) / 2 == pytest.approx(1.959964 * error, rel=1e-4)
         low, high = fitted.effect_interval(X, T0=1, T1=t)
         assert ((high - low) > 0).tolist() == (t == 0).tolist()
         both = fitted.ate_interval(by=np.zeros(ROWS))
         assert both.loc[0].tolist() == pytest.approx(fitted.ate_interval(), rel=1e-6)
+
+    def test_no_error_is_smaller_than_what_the_averages_own_rows_show(self, fitted) -> None:
+        """As AIPW would correct the average: in all rows, in a subgroup, in the treated."""
+        residuals, propensity = fitted._weighted_residuals()
+        rows = np.flatnonzero(fitted.table_.x[:, 0] > 0)
+        treated = residuals * propensity / propensity.mean()
+        corrections = (residuals, residuals[rows], treated)
+        least = [max(abs(c.mean()), c.std(ddof=1) / math.sqrt(len(c))) for c in corrections]
+        found = fitted._least_errors(None, rows, 1)
+        assert found == pytest.approx([least[0], max(least[:2]), max(least[0], least[2])])
+        own = fitted.ate_interval(by=fitted.table_.x[:, 0] > 0).loc[True]
+        assert own["upper"] - own["lower"] >= 2 * 1.95996 * found[1]
+        one = fitted._least_errors(rows[:1])[0]
+        assert one == pytest.approx(max(least[0], abs(residuals[rows[0]])))
 
     @pytest.mark.parametrize(
         ("by", "message"),

@@ -12,6 +12,7 @@ from dopfn_jax.scm import (
     Posterior,
     SCMError,
     bernoulli,
+    binary,
     do,
     fit,
     half_normal,
@@ -156,13 +157,52 @@ def test_map_of_nodes_without_data() -> None:
     np.testing.assert_allclose(effect["z"][0, 0], 2 * x / 5, atol=1e-3)
 
 
+def test_map_leaves_the_saddle_of_a_product_of_unknowns() -> None:
+    pytest.importorskip("numpyro")
+    scm = SCM(
+        {
+            "a": parameter(normal()),
+            "b": parameter(normal()),
+            "x": normal(),
+            "y": node(lambda a, b, x: a * b * x, normal(scale=0.1)),
+        }
+    )
+    x = np.linspace(-1.0, 1.0, 50)
+    mode = fit(scm, {"x": x, "y": 2.0 * x}, KEY, method="map").mean()
+    assert mode["a"] * mode["b"] == pytest.approx(2.0, abs=0.05)
+
+
+def test_data_that_a_function_changes_are_fitted_as_they_were() -> None:
+    pytest.importorskip("numpyro")
+    scm = SCM({"w": parameter(normal(0, 10)), "b": node(lambda w: w, normal())})
+    changed = do(observe(scm, {"b": np.full(50, 3.0)}), {"b": lambda b: 2 * b})
+    posterior = fit(changed, {}, KEY, method="map")
+    assert posterior.mean()["w"] == pytest.approx(3.0, abs=0.01)
+    np.testing.assert_allclose(posterior.predictive(KEY)["b"], 6.0)
+
+
 @pytest.mark.parametrize(
     ("scm", "data", "message"),
     [
         (linear_model(), {}, "no data"),
         (linear_model(), {"Y": np.ones(3)}, "unknown node 'Y'; did you mean 'y'"),
         (linear_model(), {"y_mu": np.ones(3)}, "'y_mu' is a deterministic function"),
-        (SCM({"a": normal()}), {"a": np.ones(3)}, "nothing is unknown"),
+        (SCM({"a": normal()}), {"a": np.ones(3)}, "nothing that is unknown"),
+        (
+            do(observe(linear_model(), {"y": np.ones(3)}), {"a": 1.0}),
+            {"b": np.ones(3)},
+            "A `do` releases the data below it",
+        ),
+        (
+            SCM({"t": node(binary(), normal()), "y": node(linear({"t": 3.0}), normal())}),
+            {"y": np.ones(3)},
+            "'t' is unknown and discrete",
+        ),
+        (
+            SCM({"w": parameter(normal()), "y": node(linear({}, bias="w"), bernoulli())}),
+            {"y": np.ones(3)},
+            "density of 'y' given its parents is not known",
+        ),
         (
             SCM({"u": bernoulli(), "y": node(linear({"u": 1.0}), normal())}),
             {"y": np.ones(3)},

@@ -123,11 +123,42 @@ def test_data_on_a_node_that_do_has_set_conflict() -> None:
 def test_observe_then_do_keeps_data_above_and_releases_those_below() -> None:
     before = observe(confounded(), {"u": [0.0, 1.0], "t": [1.0, 2.0], "y": [9.0, 9.0]})
     after = do(before, {"t": lambda t: 5 * t})
-    assert set(after.observations) == {"u"}
+    assert set(after.observations) == {"u", "t"}
     rows = sample(after, KEY)
     np.testing.assert_array_equal(rows["t"], [5.0, 10.0])
     assert not np.allclose(rows["y"], 9.0)
     assert set(before.observations) == {"u", "t", "y"}
+
+
+def test_data_are_natural_values_only_where_no_ancestor_is_set() -> None:
+    scm = SCM({"a": normal(), "b": node(linear({"a": 1.0}), normal(scale=0.1))})
+    observed = observe(scm, {"a": [10.0, 10.0], "b": [10.0, 10.0]})
+
+    def more(b):
+        return b + 1
+
+    np.testing.assert_array_equal(sample(do(observed, {"b": more}), KEY)["b"], [11.0, 11.0])
+    at_once = sample(do(observed, {"a": 0.0, "b": more}), KEY, 2)["b"]
+    assert np.all(np.abs(at_once - 1.0) < 0.5)
+    for first, second in (({"a": 0.0}, {"b": more}), ({"b": more}, {"a": 0.0})):
+        in_turn = sample(do(do(observed, first), second), KEY, 2)["b"]
+        np.testing.assert_array_equal(in_turn, at_once)
+
+
+def test_data_that_a_function_changes_still_tell_about_their_causes() -> None:
+    """u -> b, u -> y: what b was says what u is, whatever b is set to."""
+    scm = SCM({"u": normal(), "b": node(linear({"u": 1.0}), normal())})
+    scm = SCM({**scm.nodes, "y": node(linear({"u": 1.0, "b": 1.0}), normal())})
+    changed = do(observe(scm, {"b": [3.0]}), {"b": lambda b: 2 * b})
+    np.testing.assert_array_equal(sample(changed, KEY, outputs="b")["b"], [6.0])
+    with pytest.raises(SCMError, match="'b' is observed and tells about 'u'"):
+        sample(changed, KEY, outputs="y")
+
+
+@pytest.mark.parametrize("function", [linear({"u": 0.2}), lambda u: 0.2 * u])
+def test_a_new_mechanism_is_no_function_of_the_natural_value(function) -> None:
+    with pytest.raises(SCMError, match="the function of 't' takes 'u', another node"):
+        do(confounded(), {"t": function})
 
 
 def test_sampling_forward_against_data_is_refused() -> None:

@@ -127,6 +127,8 @@ def test_a_numpyro_distribution_is_noise() -> None:
         ({"a": lambda *x: x}, "'a': parents of mechanism"),
         ({"a": lambda noise: noise}, "'a': the mechanism takes `noise`"),
         ({"y": normal(scale="sigma")}, "'y': unknown parent 'sigma'"),
+        ({"p": parameter(normal([0.0, 1.0, 2.0]))}, r"'p': its distribution draws \(3,\)"),
+        ({"a": normal([0.0, 1.0, 2.0])}, "'a': its distribution cannot be drawn"),
     ],
 )
 def test_an_impossible_scm_is_refused_by_name(nodes, message) -> None:

@@ -9,6 +9,7 @@ from dopfn_jax.config import PriorConfig
 from dopfn_jax.scm import (
     SCM,
     SCMError,
+    bernoulli,
     binary,
     d_separated,
     do,
@@ -235,3 +236,32 @@ def test_a_row_that_the_scm_never_makes_has_no_answer():
     estimate = true_cid(scm, {"x": [0.0, 1.0]}, {"t": 1.0}, "y", KEY, samples=100)
     assert np.isfinite(estimate.value[0]) and estimate.effective_samples[0] > 50
     assert np.isnan(estimate.value[1]) and estimate.effective_samples[1] == 0
+
+
+@pytest.mark.parametrize(("income", "rate"), [(1.0, 1.0), (20_000.0, 0.01)])
+def test_the_exact_answer_does_not_depend_on_the_units_of_covariates(income, rate) -> None:
+    scm = SCM(
+        {
+            "income": normal(0, income),
+            "rate": normal(0, rate),
+            "t": node(linear({"income": 1 / income}), normal()),
+            "y": node(linear({"rate": 1 / rate, "t": 1.0, "income": 1 / income}), normal()),
+        }
+    )
+    rows = {"income": [0.0, income], "rate": [2 * rate, 2 * rate]}
+    np.testing.assert_allclose(true_cid(scm, rows, {"t": 0.0}, "y", KEY).value, [2, 3], rtol=1e-5)
+
+
+def test_a_covariate_with_discrete_noise_tells_about_its_parents() -> None:
+    scm = SCM(
+        {
+            "u": bernoulli(0.2),
+            "x": node(linear({"u": 1.0}), bernoulli()),
+            "t": normal(),
+            "y": node(linear({"u": 1.0, "t": 1.0}), normal(scale=0.1)),
+        }
+    )
+    rows = {"x": [0.0, 1.0, 2.0, 0.5]}
+    answer = true_cid(scm, rows, {"t": 0.0}, "y", KEY)
+    np.testing.assert_allclose(answer.value[:3], [0.0, 0.2, 1.0], atol=0.03)
+    assert np.isnan(answer.value[3]) and answer.effective_samples[3] == 0

@@ -18,6 +18,7 @@ from dopfn_jax.scm import (
     linear,
     node,
     normal,
+    parameter,
     sample,
 )
 
@@ -110,3 +111,18 @@ def test_residuals_are_out_of_fold(table: pd.DataFrame) -> None:
 def test_nonsense_is_refused_by_name(arguments, message) -> None:
     with pytest.raises(SCMError, match=message):
         fit_mechanisms(*arguments)
+
+
+def test_a_mean_over_an_unknown_parameter_is_refused() -> None:
+    scm = SCM(
+        {
+            "slope": parameter(normal()),
+            "a": normal(),
+            "y": node(linear({"a": "slope"}), normal()),
+        }
+    )
+    with pytest.raises(SCMError, match="parameter 'slope' is unknown"):
+        interventional(scm, {"a": np.ones(2)}, {"a": 1.0}, jax.random.key(0))
+    known = do(scm, {"slope": 2.0})
+    answer = interventional(known, {"a": np.ones(2)}, {"a": 1.0}, jax.random.key(0), 1000)
+    np.testing.assert_allclose(answer["y"], 2.0, atol=0.15)

@@ -44,6 +44,25 @@ def test_a_run_that_never_saved_may_start_anew_and_otherwise(tmp_path: Path) -> 
     assert Config.from_dict(json.loads((tmp_path / "config.json").read_text())) == other
 
 
+def test_nothing_of_another_kind_is_overwritten(tmp_path: Path) -> None:
+    """Weights, a run that has lost its checkpoints, and one that has lost its configuration."""
+    weights, bare, headless = (tmp_path / name for name in ("weights", "bare", "headless"))
+    weights.mkdir()
+    (weights / "model.safetensors").write_bytes(b"")
+    (bare / "weights").mkdir(parents=True)
+    save_once(headless)
+    (headless / "config.json").unlink()
+    for folder, message in (
+        (weights, "holds weights, not a run"),
+        (bare, "a run without its checkpoints"),
+        (headless, r"checkpoints without their config\.json"),
+    ):
+        for resume in (False, True):
+            with pytest.raises(RunDirectoryError, match=message):
+                RunDirectory(folder, CONFIG, resume=resume)
+        assert not (folder / "config.json").exists()
+
+
 def test_another_configuration_is_refused_by_field(tmp_path: Path) -> None:
     save_once(tmp_path)
     other = dataclasses.replace(
