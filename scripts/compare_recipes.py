@@ -39,8 +39,11 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
         "tokens of four covariates, narrower",
         ("model.features_per_token=4", "model.width=80"),
     ),
-    "no_regressions": ("no ridge regressions as inputs", ("model.linear_fit=false",)),
-    "tilt": ("the regressions also tilt the answers", ("model.linear_tilt=true",)),
+    "no_regressions": (
+        "no ridge regressions as inputs",
+        ("model.linear_fit=false", "model.linear_tilt=false"),
+    ),
+    "no_tilt": ("the regressions do not tilt the answers", ("model.linear_tilt=false",)),
     "narrow": ("width 96", ("model.width=96",)),
     "wide": ("width 192, 4 layers", ("model.width=192", "model.layers=4")),
     "deep": ("width 96, 10 layers", ("model.width=96", "model.layers=10")),
