@@ -48,6 +48,8 @@ def read_array(values: Data, label: str) -> np.ndarray:
         array = np.asarray(values)
     except ValueError as error:
         raise TableError(f"{label} cannot be read as an array: {error}") from error
+    if array.dtype.names:
+        raise TableError(f"{label} is a structured array: pass it as a pandas DataFrame.")
     # JAX's short floats, such as bfloat16, are no NumPy numbers.
     return array.astype(np.float32) if array.dtype.kind == "V" and not array.dtype.names else array
 

@@ -207,7 +207,9 @@ def uniform_draws(key: jax.Array, **shapes: tuple[int, ...]) -> dict[str, jax.Ar
     They are cut from one long draw, because every draw of its own costs as much to compile.
     """
     sizes = [math.prod(shape) for shape in shapes.values()]
-    pieces = jnp.split(jax.random.uniform(key, (sum(sizes),)), np.cumsum(sizes)[:-1])
+    # Not by JAX's default, under which a process that has switched to float64 would draw others.
+    draws = jax.random.uniform(key, (sum(sizes),), jnp.float32)
+    pieces = jnp.split(draws, np.cumsum(sizes)[:-1])
     return {
         name: piece.reshape(shape)
         for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
@@ -304,7 +306,7 @@ def _attach_mechanisms(
         noise_family=pick(draws["noise_family"], prior.noise_families, NOISE_FAMILIES),
         noise_scale=jnp.where(active, jnp.where(parents == 0, root_scale, other_scale), 0.0),
         binary=jnp.zeros(prior.nodes, bool),
-        threshold=jnp.zeros(prior.nodes),
+        threshold=jnp.zeros(prior.nodes, jnp.float32),
         active=active,
     )
 

@@ -367,7 +367,8 @@ def check_order(**parts: object) -> None:
     }
     for name, index in labelled.items():
         first, expected = next(iter(labelled.items()))
-        same_labels = len(index) == len(expected) and index.isin(expected).all()
+        comparable = len(index) == len(expected) and index.nlevels == expected.nlevels
+        same_labels = comparable and index.isin(expected).all()
         if same_labels and index.is_unique and not index.equals(expected):
             raise TableError(
                 f"{first} and {name} have the same index in another order, but rows are matched by "

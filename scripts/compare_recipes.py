@@ -60,7 +60,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "quantile_borders": ("borders at quantiles alone", ("model.uniform_border_share=0.0",)),
 }
 _CONFIG = "cpu"
-_RESULT_FILE, _ERRORS_FILE = "result.json", "results.jsonl"
+_PLAN_FILE, _RESULT_FILE, _ERRORS_FILE = "plan.json", "result.json", "results.jsonl"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         for name in options.recipes:
+            _require_same_plan(options.output / name / _PLAN_FILE, options)
             if not (options.output / name / _RESULT_FILE).exists():
                 _in_its_own_process(name, options)
         table = compare(options.recipes, options.output, options.data)
@@ -108,6 +109,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _require_same_plan(path: Path, options: argparse.Namespace) -> None:
+    """Raises ValueError where OUTPUT holds a recipe's run of another budget or configuration."""
+    if not path.exists():
+        return
+    plan = json.loads(path.read_text())
+    asked = {"minutes": options.minutes, "overrides": list(options.overrides)}
+    for field, value in asked.items():
+        if plan.get(field, value) != value:
+            raise ValueError(
+                f"{path}: was trained with {field} = {plan[field]!r}, not {value!r}: choose "
+                "another --output"
+            )
+
+
 def _in_its_own_process(name: str, options: argparse.Namespace) -> None:
     """Trains one recipe where no other has left memory, threads or compiled programs behind."""
     arguments = (name, options.minutes, options.output / name, options.overrides)
@@ -134,11 +149,12 @@ def train_recipe(name: str, minutes: float, folder: Path, overrides: Sequence[st
     keep_freed_memory()
     keep_compiled_programs()
     config, mesh = Config.load(_CONFIG, [*RECIPES[name][1], *overrides]), make_mesh((1, 1))
-    plan = folder / "plan.json"
+    plan = folder / _PLAN_FILE
     if not plan.exists():
         steps, seconds = steps_within(60 * minutes, config)
         folder.mkdir(parents=True, exist_ok=True)
-        plan.write_text(json.dumps({"steps": steps, "cpu_seconds_per_step": seconds / steps}))
+        cost = {"steps": steps, "cpu_seconds_per_step": seconds / steps}
+        plan.write_text(json.dumps({**cost, "minutes": minutes, "overrides": list(overrides)}))
     planned = json.loads(plan.read_text())
     training = dataclasses.replace(config.training, steps=planned["steps"])
     config = dataclasses.replace(config, training=training)
@@ -150,7 +166,8 @@ def train_recipe(name: str, minutes: float, folder: Path, overrides: Sequence[st
     measured = {k: v for k, v in json.loads(lines[-1]).items() if k.startswith("validation")}
     result = {
         "recipe": name,
-        **planned,
+        "steps": planned["steps"],
+        "cpu_seconds_per_step": planned["cpu_seconds_per_step"],
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights.model)),
         **measured,
     }

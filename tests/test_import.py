@@ -31,6 +31,30 @@ assert not heavy, heavy
 """
 
 
+SAME_IN_FLOAT64 = """
+import jax, numpy as np
+from dopfn_jax.checkpoints import from_pretrained
+from dopfn_jax.config import PriorConfig
+from dopfn_jax.prior import sample_task
+
+def draw():
+    return sample_task(jax.random.key(0), PriorConfig(), 16, (6, 8))
+
+expected = draw()
+jax.config.update("jax_enable_x64", True)
+found = draw()
+for field in ("context_x", "context_y", "query_y"):
+    ours, theirs = getattr(expected, field), getattr(found, field)
+    assert theirs.dtype == ours.dtype == np.float32, (field, theirs.dtype)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+assert from_pretrained().model.borders[...].dtype == np.float32
+"""
+
+
+def test_a_process_in_float64_has_the_same_prior_and_reads_the_weights() -> None:
+    run(SAME_IN_FLOAT64)
+
+
 def run(code: str) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

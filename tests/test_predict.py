@@ -147,6 +147,29 @@ def test_effects_keep_their_precision_far_from_zero() -> None:
     np.testing.assert_allclose(far, effects(model, x, t, y, query), atol=TOLERANCE)
 
 
+def test_derivatives_are_those_of_the_answers() -> None:
+    """By a query's covariates, and by covariates and outcomes of the context."""
+    model, (x, t, y, query) = random_model(0), table()
+
+    @jax.jit
+    def answer(query: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        return cid(model, encode(model, x, t, y), query, 1.0).mean()
+
+    arguments = (query, x, y)
+    slopes = jax.jit(jax.grad(answer, argnums=(0, 1, 2)))(*arguments)
+    generator = np.random.default_rng(1)
+    for place, slope in enumerate(slopes):
+        direction = generator.normal(size=slope.shape).astype(np.float32)
+        step = 1e-2 / np.linalg.norm(direction)
+        ends = []
+        for sign in (-1, 1):
+            moved = list(arguments)
+            moved[place] = moved[place] + sign * step * direction
+            ends.append(float(answer(*moved)))
+        difference = (ends[1] - ends[0]) / (2 * step)
+        assert float((slope * direction).sum()) == pytest.approx(difference, rel=0.03, abs=0.01)
+
+
 def test_a_query_row_is_answered_on_its_own(model: DoPFN) -> None:
     x, t, y, query = table()
     others = query.copy()

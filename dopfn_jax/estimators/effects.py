@@ -399,6 +399,10 @@ def group_rows(by: By, x: NDArray[np.float32], schema: Schema) -> dict[object, N
         position = known.index(name)
         labels = pd.Series(schema.columns[position].decode(x[:, position])).infer_objects()
     else:
+        if isinstance(by, pd.DataFrame) and by.shape[1] == 1:
+            by = by.iloc[:, 0]
+        if np.ndim(by) != 1:
+            raise TableError(f"by has shape {np.shape(by)}, but must hold one label per row.")
         labels = pd.Series(by if isinstance(by, pd.Series | pd.Categorical) else np.asarray(by))
     if len(labels) != len(x):
         raise TableError(f"by has {len(labels)} labels, but there are {len(x)} rows.")

@@ -207,9 +207,13 @@ class InContextEstimator(BaseEstimator):
         self, x: NDArray[np.float32], t: NDArray[np.float32]
     ) -> Iterator[tuple[BarDistribution, slice]]:
         """Distributions of the standardised outcome, averaged over members, as `answers` yields."""
+        contexts = self._contexts
+        # Members that read a few rows more or less have contexts of other lengths, and still cut
+        # the queries in the same places.
+        longest = max(context.mask.shape[-1] for context in contexts)
         streams = [
-            self._member_distributions(context, view, x, t)
-            for context, view in zip(self._contexts, self.views_, strict=True)
+            self._member_distributions(context, view, x, t, longest)
+            for context, view in zip(contexts, self.views_, strict=True)
         ]
         if len(streams) == 1:
             yield from streams[0]
@@ -222,10 +226,15 @@ class InContextEstimator(BaseEstimator):
             yield mixture([answer for answer, _ in members], borders), members[0][1]
 
     def _member_distributions(
-        self, context: EncodedContext, view: View, x: NDArray[np.float32], t: NDArray[np.float32]
+        self,
+        context: EncodedContext,
+        view: View,
+        x: NDArray[np.float32],
+        t: NDArray[np.float32],
+        context_rows: int = 0,
     ) -> Iterator[tuple[BarDistribution, slice]]:
-        """Distributions of the standardised outcome by one member."""
-        for answer, rows in self.network_.answers(context, view.covariates(x), t):
+        """Distributions of the standardised outcome by one member, in chunks as `answers` cuts."""
+        for answer, rows in self.network_.answers(context, view.covariates(x), t, context_rows):
             yield view.transform.restore(answer), rows
 
     def _answer(

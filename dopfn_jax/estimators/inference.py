@@ -94,14 +94,20 @@ class Network:
         return jitted_encode(self.model, *padded, self._columns_exist)
 
     def answers(
-        self, context: EncodedContext, x: NDArray[np.float32], t: NDArray[np.float32]
+        self,
+        context: EncodedContext,
+        x: NDArray[np.float32],
+        t: NDArray[np.float32],
+        context_rows: int = 0,
     ) -> Iterator[tuple[BarDistribution, slice]]:
         """Distributions of query rows, in chunks, and the rows that each is about.
 
-        A chunk is padded: of its distributions only the first are those of the rows. There is at
-        least one chunk, even for no rows.
+        Chunks suit a context of `context_rows`, or this one if it is longer. A chunk is padded: of
+        its distributions only the first are those of the rows. There is at least one chunk, even
+        for no rows.
         """
-        for rows in self.progress(list(self.chunks(len(x), context.mask.shape[-1])), "queries"):
+        context_rows = max(context_rows, context.mask.shape[-1])
+        for rows in self.progress(list(self.chunks(len(x), context_rows)), "queries"):
             size = padded_rows(rows.stop - rows.start, _FEWEST_QUERIES)
             query = pad(x[rows], size, self.columns)
             yield jitted_predict(*self._parts, context, query, pad(t[rows], size)), rows

@@ -139,8 +139,15 @@ def _dopfn(data: Dataset, seed: int, checkpoint: str, settings: dict[str, Any]) 
         high,
         distribution=model.predict_distribution(data.query_x, data.query_t) if known else None,
         # It costs dozens of passes.
-        ate_interval=model.ate_interval(data.query_x) if data.asks_interval else None,
+        ate_interval=_interval(model, data) if data.asks_interval else None,
     )
+
+
+def _interval(model: DoPFNRegressor, data: Dataset) -> tuple[float, float]:
+    """Of the average over the query rows, which may be the treated ones of the context."""
+    if np.array_equal(data.query_x, data.x[data.t == 1], equal_nan=True):
+        return model.att_interval()
+    return model.ate_interval(data.query_x)
 
 
 def _from_arms(data: Dataset, low: NDArray, high: NDArray, **others: Any) -> Answer:

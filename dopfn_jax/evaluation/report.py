@@ -43,7 +43,7 @@ _TITLES = {
 # Studies of which only an average is known.
 _AVERAGES = {
     "nhefs": "NHEFS: weight gain after quitting smoking (kg); textbooks adjust to 3.5 (2.6 to 4.5)",
-    "lalonde": "Lalonde: earnings after job training ($)",
+    "lalonde": "Lalonde: earnings of the trained after job training ($)",
 }
 _TABLED = {
     "generated": ("cid", "cate", "cate_own_range", "observational"),
@@ -128,6 +128,7 @@ def write_tables(
     """
     folder.mkdir(parents=True, exist_ok=True)
     scores = latest(read_table(results), asked).sort_values(["suite", "case", "dataset", "method"])
+    _require_same_data(scores, results)
     # Wall-clock differs between runs, so that it would make every table a new one.
     named = [*KEY, "data", "status", "reason"]
     scores = scores[[*named, *sorted(set(map(str, scores)) - {*named, "seconds"})]]
@@ -148,6 +149,22 @@ def write_tables(
     runs.sort_values(["suite", "method", "seed", "sha256", "versions"]).to_csv(
         folder / RUNS_FILE, index=False
     )
+
+
+def _require_same_data(scores: pd.DataFrame, results: Path) -> None:
+    """Raises ValueError where methods answered about different data of one name.
+
+    Facts of the data tell, since their checksum also differs by the last digit that a processor
+    computes.
+    """
+    for fact in {"ate_true", "spread"} & set(scores):
+        known = scores.dropna(subset=[fact]).groupby(["suite", "case", "dataset"])[fact]
+        differ = known.max() - known.min() > 1e-3 * known.apply(lambda values: values.abs().max())
+        for suite, case, number in differ.index[differ]:
+            raise ValueError(
+                f"{results} holds answers about different data called {suite}/{case}/{number}: "
+                f"delete its lines of {suite}/{case}, or choose another --output."
+            )
 
 
 def _medians(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
@@ -323,7 +340,7 @@ def _averages(scores: pd.DataFrame) -> str:
             continue
         truth = table.ate_true.dropna() if "ate_true" in table else table.ate[:0]
         trial = f"; the trial itself says {truth.median():,.4g}" if len(truth) else ""
-        lines = [f"## {text}{trial}\n", "| method | ATE (95 % interval) |", "|---|---|"]
+        lines = [f"## {text}{trial}\n", "| method | average effect (95 % interval) |", "|---|---|"]
         for method, rows in table.dropna(subset=["ate"]).groupby("method"):
             low, high = (
                 rows[name].median() if name in rows else float("nan")

@@ -15,7 +15,8 @@ from scipy.special import expit
 from dopfn_jax.evaluation.datasets import Dataset
 
 ROWS = 1000  # of the context, and as many queries
-_Draw = tuple[NDArray, NDArray, NDArray, NDArray]
+# Covariates, treatment, both potential outcomes, and the mean effect in units like each.
+_Draw = tuple[NDArray, NDArray, NDArray, NDArray, NDArray]
 
 
 def simulate(name: str, number: int) -> Dataset:
@@ -25,7 +26,7 @@ def simulate(name: str, number: int) -> Dataset:
         KeyError: no such simulator.
     """
     generator = np.random.default_rng([list(SIMULATORS).index(name), number])
-    x, t, y0, y1 = SIMULATORS[name](generator, 2 * ROWS)
+    x, t, y0, y1, effect = SIMULATORS[name](generator, 2 * ROWS)
     context, query = slice(ROWS), slice(ROWS, None)
     y = np.where(t > 0.5, y1, y0)
     query_t = generator.integers(0, 2, ROWS).astype(float)
@@ -39,7 +40,7 @@ def simulate(name: str, number: int) -> Dataset:
         query_x=x[query],
         query_t=query_t,
         query_y=np.where(query_t > 0.5, y1[query], y0[query]),
-        effect=(y1 - y0)[query],
+        effect=effect[query],
         unit_t=t[query],
         unit_y=y[query],
         facts={"rows": float(2 * ROWS)},
@@ -52,7 +53,7 @@ def _outcomes(
     """The form of Nie and Wager: y = b(x) + (t - 1/2) tau(x) + e."""
     t = generator.binomial(1, share).astype(float)
     middle = baseline + generator.standard_normal(len(x))
-    return x, t, middle - effect / 2, middle + effect / 2
+    return x, t, middle - effect / 2, middle + effect / 2, effect
 
 
 def _difficult_nuisance(generator: np.random.Generator, rows: int) -> _Draw:
@@ -85,13 +86,13 @@ def _unrelated_arms(generator: np.random.Generator, rows: int) -> _Draw:
 
 
 def _hidden_confounder(generator: np.random.Generator, rows: int) -> _Draw:
-    """Outcomes are the probabilities of a binary one; the unit's draw decides which is seen."""
+    """Binary outcomes, of which the effect is the difference of their probabilities."""
     z = generator.integers(0, 2, rows).astype(float)
     x = generator.normal(z[:, None], (5 * z + 3 * (1 - z))[:, None], (rows, 5))
     t = generator.binomial(1, 0.75 * z + 0.25 * (1 - z)).astype(float)
     draw = generator.random(rows)
-    y0, y1 = ((draw < expit(3 * (z + 2 * (2 * arm - 2)))).astype(float) for arm in (0, 1))
-    return x, t, y0, y1
+    low, high = (expit(3 * (z + 2 * (2 * arm - 2))) for arm in (0, 1))
+    return x, t, (draw < low).astype(float), (draw < high).astype(float), high - low
 
 
 def _sparse_confounding(generator: np.random.Generator, rows: int) -> _Draw:
@@ -103,7 +104,7 @@ def _sparse_confounding(generator: np.random.Generator, rows: int) -> _Draw:
     t = (x[:, relevant] @ on_t >= threshold).astype(float)
     effect = np.exp(2 * x[:, 0]) + 3 * np.sin(4 * x[:, 0])
     y0 = x[:, relevant] @ on_y + noise
-    return x, t, y0, y0 + effect
+    return x, t, y0, y0 + effect, effect
 
 
 SIMULATORS: dict[str, Callable[[np.random.Generator, int], _Draw]] = {

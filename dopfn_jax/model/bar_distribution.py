@@ -232,8 +232,10 @@ class BarDistribution:
             scale: a positive scalar, in new units per unit of y.
 
         Raises:
-            ValueError: loc or scale is not a scalar.
+            ValueError: loc or scale is not a scalar, or scale is known not to be positive.
         """
+        if not isinstance(scale, jax.core.Tracer) and not np.all(np.asarray(scale) > 0):
+            raise ValueError(f"scale is {scale!r}, but must be positive: mirror outcomes yourself.")
         loc, scale = (jnp.asarray(a, self.borders.dtype) for a in (loc, scale))
         if loc.ndim or scale.ndim:
             raise ValueError(

@@ -102,8 +102,8 @@ class RowEmbedding(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         p, j, h = self.CELL_FEATURES, self.OUTCOME_FEATURES, self.DESCRIPTION
         # Random soft steps at first: centres over the range of a standardised value.
-        self.cell_slope = nnx.Param(1.0 + jax.random.uniform(rngs.params(), (p - 2,)))
-        self.cell_shift = nnx.Param(jnp.linspace(-2.5, 2.5, p - 2))
+        self.cell_slope = nnx.Param(1.0 + jax.random.uniform(rngs.params(), (p - 2,), jnp.float32))
+        self.cell_shift = nnx.Param(jnp.linspace(-2.5, 2.5, p - 2, dtype=jnp.float32))
         self.moments = nnx.Linear(3, j - 4, rngs=rngs)
         self.describe = nnx.Linear(p * j, h, rngs=rngs)
         self.mix = nnx.Linear(h, h, rngs=rngs)
@@ -173,9 +173,9 @@ class OutcomeEmbedding(nnx.Module):
     FEATURES = 32
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.shift = nnx.Param(jnp.linspace(-3.0, 3.0, self.FEATURES - 1))
+        self.shift = nnx.Param(jnp.linspace(-3.0, 3.0, self.FEATURES - 1, dtype=jnp.float32))
         self.project = nnx.Linear(self.FEATURES, width, rngs=rngs)
-        self.unknown = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,)))
+        self.unknown = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,), jnp.float32))
 
     def __call__(self, y: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
         """(B, R) outcomes, or None with the shape (B, R) -> (B, R, D)."""

@@ -144,8 +144,7 @@ class LinearFit:
         for ridge in (rich, cautious):
             error = (y - ridge.predict(terms[..., : ridge.coefficients.shape[-1]], y)[0]) * exists
             explained.append(1.0 - jnp.minimum(jnp.square(error).sum(axis=1) / total, 2.0))
-        fit = cls(t_loc, t_scale, covariate_mask, rich, cautious, jnp.stack(explained, axis=-1))
-        return jax.lax.stop_gradient(fit)
+        return cls(t_loc, t_scale, covariate_mask, rich, cautious, jnp.stack(explained, axis=-1))
 
     @_exactly
     def row_features(self, x: jax.Array, t: jax.Array, y: jax.Array | None) -> jax.Array:
@@ -167,8 +166,7 @@ class LinearFit:
         cautious_effect = self.cautious.coefficients[:, 1:2] / self.t_scale
         shared = (cautious_effect, *jnp.split(self.explained, 2, axis=-1))
         shared = tuple(jnp.broadcast_to(value, t.shape) for value in shared)
-        features = jnp.stack([rich, rich_effect, cautious, leverage, *shared], axis=-1)
-        return jax.lax.stop_gradient(compress(features))
+        return compress(jnp.stack([rich, rich_effect, cautious, leverage, *shared], axis=-1))
 
 
 def leanings(features: jax.Array, t: jax.Array) -> jax.Array:

@@ -146,7 +146,7 @@ class DoPFN(nnx.Module):
         self.head = nnx.Linear(
             2 * config.width, config.buckets, kernel_init=nnx.initializers.normal(0.01), rngs=rngs
         )
-        self.borders = nnx.Variable(jnp.linspace(-3.0, 3.0, config.buckets + 1))
+        self.borders = nnx.Variable(jnp.linspace(-3.0, 3.0, config.buckets + 1, dtype=jnp.float32))
 
     def encode_context(
         self,

@@ -20,7 +20,7 @@ COMMUNITIES = 3
 
 def erdos_renyi(hub: jax.Array, child: jax.Array, parent: jax.Array, layer: jax.Array) -> jax.Array:
     """All alike."""
-    return jnp.ones((child.shape[0], parent.shape[0]))
+    return jnp.ones((child.shape[0], parent.shape[0]), jnp.float32)
 
 
 def scale_free(hub: jax.Array, child: jax.Array, parent: jax.Array, layer: jax.Array) -> jax.Array:

@@ -36,6 +36,13 @@ class TestVocabulary:
         bins = pd.cut(X["age"], 3, labels=["young", "middle", "old"])
         assert fitted.ate(X, by=bins)["middle"] == pytest.approx(cate[bins == "middle"].mean())
 
+    def test_indexes_of_several_levels_are_not_compared_with_others(self, checkpoint) -> None:
+        X, t, y = table()
+        index = pd.MultiIndex.from_arrays([np.arange(ROWS) // 3, np.arange(ROWS)])
+        model = DoPFNRegressor(checkpoint).fit(X, pd.Series(t, index=index), y)
+        np.testing.assert_array_equal(model.cate(), DoPFNRegressor(checkpoint).fit(X, t, y).cate())
+        assert model.ate(by=X[["age"]] > 0).tolist() == model.ate(by=X["age"] > 0).tolist()
+
     def test_a_column_names_subgroups(self, checkpoint) -> None:
         X, t, y = table()
         sizes = np.array(["small", "large", None, "large"] * 4, object)
@@ -82,6 +89,7 @@ class TestVocabulary:
         [
             ("weight", "by is 'weight', but the covariates are"),
             (np.zeros(3), "by has 3 labels, but there are 16 rows"),
+            (np.zeros((16, 2)), r"by has shape \(16, 2\), but must hold one label per row"),
         ],
     )
     def test_refusals(self, fitted, by, message: str) -> None:

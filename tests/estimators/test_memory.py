@@ -77,3 +77,15 @@ def test_many_chunks_take_no_more_than_some(
 def test_a_million_rows_take_no_more_than_ten_thousand(ensemble, peak) -> None:
     few, many = (peak(ensemble, rows, "mean") for rows in (10**4, 10**6))
     assert 0 < many <= few
+
+
+def test_members_whose_contexts_differ_in_length_cut_the_queries_alike(
+    checkpoint, monkeypatch
+) -> None:
+    monkeypatch.setattr(inference, "CHUNK_FLOATS", 2**12)
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(81, COVARIATES)), generator.normal(size=81)
+    t = generator.permutation(np.arange(81) % 2)
+    model = DoPFNRegressor(checkpoint, n_estimators=4, max_context=33).fit(x, t, y)
+    assert len({context.mask.shape[-1] for context in model.contexts_}) > 1
+    assert np.isfinite(model.predict(x[:40], 1, "median")).all()

@@ -20,6 +20,10 @@ def test_effects_are_those_of_the_publications():
     x = (data := simulate("doubleml_heterogeneous", 1)).query_x
     np.testing.assert_allclose(data.effect, np.exp(2 * x[:, 0]) + 3 * np.sin(4 * x[:, 0]))
     assert x.shape[1] == 30
+    # Of probabilities, with the hidden z: a unit's own outcomes differ by -1, 0 or 1.
+    low, high = (1 / (1 + np.exp(-3 * (np.arange(2) + end))) for end in (-4, 0))
+    effect = simulate("hidden_confounder", 1).effect
+    np.testing.assert_allclose(np.unique(effect), np.sort(high - low))
 
 
 def test_confounding_is_where_it_should_be():

@@ -347,6 +347,9 @@ def test_wrong_shapes_are_refused(bars):
                 getattr(wrong, answer)(0.3)
     with pytest.raises(ValueError, match="scalar"):
         bars.affine(jnp.zeros(BATCH), 1.0)
+    for scale in (0.0, -1.0):
+        with pytest.raises(ValueError, match=f"scale is {scale}, but must be positive"):
+            bars.affine(0.0, scale)
     with pytest.raises(ValueError, match="ravel"):
         bars.quantile(jnp.full((2, 2), 0.5))
     with pytest.raises(ValueError, match="axis"):

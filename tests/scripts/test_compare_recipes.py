@@ -82,10 +82,14 @@ def test_recipes_get_equal_cpu_time_and_are_trained_once(tmp_path, capsys) -> No
     shutil.rmtree(tmp_path / "base" / "run")
     plan.write_text(planned)
     SCRIPT["train_recipe"]("base", minutes, tmp_path / "base", TINY)
+    for changed in (["--minutes", "1"], ["model.width=32"]):
+        assert SCRIPT["main"](["--recipes", "base", "--output", str(tmp_path), *changed]) == 2
+        assert "choose another --output" in capsys.readouterr().err
     plans = [json.loads((tmp_path / n / "plan.json").read_text()) for n in ("base", "half_rate")]
     for plan in plans:
         assert plan["steps"] * plan["cpu_seconds_per_step"] == pytest.approx(1.2, rel=0.1)
     arguments = ["--recipes", "base", "half_rate", "--output", str(tmp_path)]
+    arguments += ["--minutes", str(minutes), *TINY]
     # With their results there, neither is trained again.
     assert SCRIPT["main"]([*arguments, "--report", str(tmp_path / "report")]) == 0
     assert "Muon at half the rate" in capsys.readouterr().out
