@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="few datasets, fast methods: minutes")
     add("--data", type=Path, metavar="DIR", help="files of your own, see above")
     add("--suites", nargs="+", metavar="SUITE", help="see above (default: all that can be read)")
-    add("--methods", nargs="+", metavar="METHOD", help="see above (default: all that are there)")
+    methods_help = "see above (default: all that are there but the tuned ones; few in ablations)"
+    add("--methods", nargs="+", metavar="METHOD", help=methods_help)
     add("--datasets", type=int, metavar="N", help=f"datasets per case (default: {DATASETS})")
     add("--seed", type=int, default=0, help="of the methods")
     add("--processes", type=int, help="workers; 0: in this process (default: 0; --quick on CPU: 2)")
