@@ -51,7 +51,7 @@ def read_array(values: Data, label: str) -> np.ndarray:
     if array.dtype.names:
         raise TableError(f"{label} is a structured array: pass it as a pandas DataFrame.")
     # JAX's short floats, such as bfloat16, are no NumPy numbers.
-    return array.astype(np.float32) if array.dtype.kind == "V" and not array.dtype.names else array
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
 
 
 def read_cells(cells: Cells, label: str) -> tuple[NDArray[np.float64], tuple[str, ...] | None]:

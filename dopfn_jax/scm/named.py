@@ -109,6 +109,11 @@ class SCM:
             if self.nodes[name].is_random and name not in self.observations
         )
 
+    def require_known_parameters(self) -> None:
+        """Raises SCMError where a parameter is random and not observed."""
+        for name in self.unknown_parameters:
+            raise SCMError(f"parameter {name!r} is unknown: set it by do, or fit the SCM first.")
+
     def parents(self, name: str) -> tuple[str, ...]:
         """The nodes that the value of `name` depends on; none where `do` has set it to a value."""
         self.require(name)

@@ -174,8 +174,7 @@ def _check_question(
             f"the outcome {outcome!r} is among the rows; for units whose outcome is known use "
             "counterfactual()."
         )
-    for name in scm.unknown_parameters:
-        raise SCMError(f"parameter {name!r} is unknown: set it by do, or fit the SCM first.")
+    scm.require_known_parameters()
     for name in scm.require(rows, "covariate"):
         node = scm.nodes[name]
         if not node.per_row:

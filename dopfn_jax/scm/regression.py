@@ -122,8 +122,7 @@ def interventional(
         observe(scm, {name: repeated(value) for name, value in data.items()}),
         {name: repeated(value) for name, value in do.items()},
     )
-    for name in model.unknown_parameters:
-        raise SCMError(f"parameter {name!r} is unknown: set it by do, or fit the SCM first.")
+    model.require_known_parameters()
     values = sample(model, key, size * samples, outputs)
     return {
         name: value.reshape(samples, size).mean(axis=0) if value.ndim else value
