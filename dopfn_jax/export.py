@@ -40,6 +40,8 @@ _PROGRAM_FILE, _WEIGHTS_FILE, _DESCRIPTION_FILE = (
     "artefact.json",
 )
 _FORMAT_VERSION = 1
+# A standard deviation below this share of the mean is rounding.
+_ROUNDING = 8 * np.finfo(np.float64).eps
 # What reading a file that is no artefact, or a damaged one, raises.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, LookupError, json.JSONDecodeError, SafetensorError)
 
@@ -110,9 +112,10 @@ class ExportedPredictor:
         # The program computes in float32: in units of the spread, around zero, no digits are lost.
         known = np.ma.masked_invalid(x)
         x_loc, x_scale = (np.ma.filled(f(axis=0), 0.0) for f in (known.mean, known.std))
-        x_scale = np.where(x_scale > 0, x_scale, 1.0)
+        x_scale = np.where(x_scale > _ROUNDING * np.abs(x_loc), x_scale, 1.0)
         x, query_x = (x - x_loc) / x_scale, (query_x - x_loc) / x_scale
-        y_loc, y_scale = y.mean(), y.std() or 1.0
+        y_loc, y_scale = y.mean(), y.std()
+        y_scale = y_scale if y_scale > _ROUNDING * abs(y_loc) else 1.0
         widen = ((0, 0), (0, self.covariates - covariates))
         logits, borders = self._run(
             self._weights,

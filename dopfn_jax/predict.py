@@ -59,7 +59,7 @@ def encode(
             f"covariate_mask {exists.shape}, but they must be (N, F), (N,), (N,), (N,) and (F,); "
             "for several tables at once use jax.vmap."
         )
-    x = jnp.where(mask[:, None], x, 0)
+    x = jnp.where(mask[:, None] & exists[None], x, 0)
     t, y = jnp.where(mask, t, 0), jnp.where(mask, y, 0)
     return model.encode_context(x[None], t[None], y[None], mask[None], exists[None])
 
@@ -102,6 +102,7 @@ def _standardised(
     t = jnp.asarray(query_t, jnp.float32)
     if t.shape not in ((), x.shape[:1]):
         raise ValueError(f"query_t has shape {t.shape}, but must be a scalar or {x.shape[:1]}.")
+    x = jnp.where(context.columns.mask, x, 0)
     logits = model.decode(context, x[None], jnp.broadcast_to(t, (1, x.shape[0])))[0]
     return model.distribution(logits)
 

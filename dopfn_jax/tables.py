@@ -1,14 +1,15 @@
 """From what users hold (NumPy, pandas, JAX arrays, lists) to the float32 arrays the model reads.
 
-A `Schema` remembers what it was fitted on: names and order of the columns, the categories that
-codes stand for, a location and a scale per column. Cells are centred and scaled in float64 and only
+A `Schema` remembers what it was fitted on: names and order of the columns, their categories, a
+location and a scale per column of numbers. Cells are centred and scaled in float64 and only
 then cast to float32, so that 1.6e9 + 1 or 1e-30 keep their precision. The model standardises by the
 context in any case, so this changes no answer.
 
 What cannot be used is refused here, before any computation, with the column, the value and the
 remedy.
 
-Axes: N rows of the table, M rows of a query, F covariates.
+Axes: N rows of the table, M rows of a query, F covariates as the model reads them, of which a
+column of unordered categories makes several.
 """
 
 import math
@@ -80,17 +81,35 @@ class Column:
         name: its name in the data frame, or its position in an array.
         categories: what the codes 0, 1, ... stand for; None for a column of numbers.
         scale: units of the numbers or codes.
+        indicators: the model reads a column of 0 and 1 for each category, not the codes.
     """
 
     name: str | int
     categories: tuple[str, ...] | None
     scale: Scale
+    indicators: bool = False
 
-    def decode(self, cells: NDArray[np.float32]) -> NDArray[np.object_]:
-        """Standardised cells -> categories or numbers; None where missing.
+    @property
+    def width(self) -> int:
+        """How many columns the model reads."""
+        return len(self.categories or ()) if self.indicators else 1
+
+    def encode(self, values: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Numbers or codes, NaN where missing -> what the model reads, (N, width)."""
+        if not self.indicators:
+            return self.scale.standardise(values)[:, None]
+        hot = (values[:, None] == np.arange(self.width)).astype(np.float32)
+        return np.where(np.isnan(values)[:, None], np.float32(np.nan), hot)
+
+    def decode(self, block: NDArray[np.float32]) -> NDArray[np.object_]:
+        """What the model reads, (N, width) -> categories or numbers; None where missing.
 
         Numbers are rounded to what float32 keeps of the column, unless that makes two of them one.
         """
+        cells = block[:, 0]
+        if self.indicators:
+            codes = np.where(np.isnan(cells), np.nan, block.argmax(axis=1))
+            cells = self.scale.standardise(codes)
         distinct, index = np.unique(cells, return_inverse=True)
         numbers = self.scale.restore(distinct).tolist()
         present = [number for number in numbers if not math.isnan(number)]
@@ -115,7 +134,7 @@ class Schema:
     """What a table's columns mean.
 
     Attributes:
-        columns: the F covariates, in the order in which the model sees them.
+        columns: the covariates, in the order in which the model sees them.
         named: the columns came with names, by which those of later data frames are matched.
         outcome: units of y.
         binary_outcome: y holds 0 and 1 only.
@@ -127,17 +146,23 @@ class Schema:
     binary_outcome: bool
 
     @classmethod
-    def fit(cls, X: Data | None, t: Data, y: Data) -> tuple[Self, Table]:
+    def fit(cls, X: Data | None, t: Data, y: Data, most: int | None = None) -> tuple[Self, Table]:
         """Checks an observational table and learns what its columns mean.
 
-        Text becomes categories in alphabetical order and a pandas categorical keeps its own order;
-        the model reads both as the codes 0, 1, 2, ... Text that is a number throughout is read as
-        numbers, booleans as 0 and 1. NaN and None are missing cells.
+        Text and pandas categoricals become categories. Of three or more without an order the model
+        reads an indicator each, as long as `most` columns suffice, those of few categories first;
+        others it reads as the codes 0, 1, 2, ..., in the categorical's order or alphabetical. Text
+        that is a number throughout is read as numbers, booleans as 0 and 1. NaN and None are
+        missing cells.
 
         Args:
-            X: (N, F) covariates; None for a table without any.
+            X: the covariates, a row for each unit; None for a table without any.
             t: (N,) treatment: 0 and 1 or booleans, both present.
             y: (N,) outcome: numbers, not all equal.
+            most: columns that the model takes; None for any number.
+
+        Warns:
+            UserWarning: more than four unordered categories are read as codes.
 
         Returns:
             The schema, and the table in its terms.
@@ -167,14 +192,15 @@ class Schema:
         if named:
             _check_apart(covariates, "treatment t", t, treatment)
             _check_apart(covariates, "outcome y", y, outcome)
-        columns, cells = [], []
-        for name, given in covariates.items():
-            values, categories = read_cells(given, f"column {name!r}")
-            column = Column(name, categories, Scale.fit(values))
-            columns.append(column)
-            cells.append(column.scale.standardise(values))
+        read = {name: read_cells(given, f"column {name!r}") for name, given in covariates.items()}
+        expanded = _expanded(covariates, {name: kinds for name, (_, kinds) in read.items()}, most)
+        columns = [
+            Column(name, categories, Scale.fit(values), name in expanded)
+            for name, (values, categories) in read.items()
+        ]
+        cells = [c.encode(values) for c, (values, _) in zip(columns, read.values(), strict=True)]
         scale = Scale.fit(outcome)
-        table = Table(_stack(cells, length), treatment, scale.standardise(outcome))
+        table = Table(_join(cells, length), treatment, scale.standardise(outcome))
         binary = bool(np.isin(outcome, (0, 1)).all())
         return cls(tuple(columns), named, scale, binary), table
 
@@ -215,7 +241,13 @@ class Schema:
             )
         cells = [given[name] for name in (known if by_name else given)]
         read = [_read_known_cells(*pair) for pair in zip(cells, self.columns, strict=True)]
-        return _stack(read, length)
+        return _join(read, length)
+
+    def decode(self, x: NDArray[np.float32], position: int) -> NDArray[np.object_]:
+        """The cells of a column, None where missing, from covariates (N, F) as the model reads."""
+        first = sum(column.width for column in self.columns[:position])
+        column = self.columns[position]
+        return column.decode(x[:, first : first + column.width])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `Schema.from_dict` inverts it."""
@@ -229,6 +261,7 @@ class Schema:
                 name=column["name"],
                 categories=None if column["categories"] is None else tuple(column["categories"]),
                 scale=Scale(**column["scale"]),
+                indicators=column.get("indicators", False),
             )
             for column in values["columns"]
         )
@@ -396,18 +429,46 @@ def _check_names(known: Sequence[str | int], given: Sequence[str]) -> None:
         )
 
 
+def _expanded(
+    columns: Mapping[str | int, Cells],
+    categories: Mapping[str | int, tuple[str, ...] | None],
+    most: int | None,
+) -> set[str | int]:
+    """The columns whose categories get indicators: unordered, as many as there is room for."""
+    unordered = {
+        name: len(names)
+        for name, names in categories.items()
+        if names and len(names) > 2 and not getattr(columns[name].dtype, "ordered", False)
+    }
+    room = math.inf if most is None else most - len(columns)
+    expanded = set()
+    for name, count in sorted(unordered.items(), key=lambda item: item[1]):
+        if count - 1 <= room:
+            expanded.add(name)
+            room -= count - 1
+    coded = [name for name in unordered if name not in expanded and unordered[name] > 4]
+    if coded:
+        warnings.warn(
+            f"there is no room for an indicator of every category of {listed(coded)}: read as "
+            "codes in alphabetical order, which hardly adjusts for them; merge rare categories, or "
+            "give them an order (pandas.Categorical(..., ordered=True)).",
+            stacklevel=_level_outside(),
+        )
+    return expanded
+
+
 def _read_known_cells(cells: Cells, column: Column) -> NDArray[np.float32]:
-    """Standardised cells of a column that has been fitted."""
+    """What the model reads of a column that has been fitted, (M, width)."""
     label = f"column {column.name!r}"
     if column.categories is not None:
-        return column.scale.standardise(encode(cells, column.categories, label))
+        return column.encode(encode(cells, column.categories, label))
     values, categories = read_cells(cells, label)
     if categories is not None:
         raise TableError(
             f"{label} held numbers in the fitted table, but now holds {listed(categories)}."
         )
-    return column.scale.standardise(values)
+    return column.encode(values)
 
 
-def _stack(cells: Sequence[NDArray[np.float32]], rows: int) -> NDArray[np.float32]:
-    return np.stack(cells, axis=1) if cells else np.zeros((rows, 0), np.float32)
+def _join(cells: Sequence[NDArray[np.float32]], rows: int) -> NDArray[np.float32]:
+    return np.concatenate(cells, axis=1) if cells else np.zeros((rows, 0), np.float32)

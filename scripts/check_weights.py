@@ -1,8 +1,9 @@
-"""Checks weights on fresh draws: calibration on their prior, longer contexts, intervals of trials.
+"""Checks weights on fresh draws: calibration, longer contexts, intervals of trials, shrinkage.
 
 Calibration: coverage of central intervals on tasks of the checkpoint's own prior, by size of
 context. Growth: error at 1,000 context rows over that at 250. Trials: how often the interval of the
-average effect holds the truth. Prints tables; with --output, writes them as CSV files.
+average effect holds the truth. Shrinkage: how far average effects are drawn towards zero among
+noise. Prints tables; with --output, writes them as CSV files.
 
 Examples:
     python scripts/check_weights.py
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-CHECKS = ("calibration", "growth", "trials")
+CHECKS = ("calibration", "growth", "trials", "shrinkage")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +38,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--checkpoint", help="a shipped name or a folder (default: the shipped ones' default)")
-    add("--checks", nargs="+", choices=CHECKS, default=CHECKS, metavar="CHECK", help=str(CHECKS))
+    add(
+        "--checks",
+        nargs="+",
+        choices=CHECKS,
+        default=CHECKS,
+        metavar="CHECK",
+        help=f"of {', '.join(CHECKS)} (default: all)",
+    )
     add("--scale", type=float, default=1.0, help="share of the tasks, tables and trials to draw")
     add("--cache", type=Path, default=Path("runs/growth"), help="folder for the drawn tables")
     add("--output", type=Path, metavar="DIR", help="folder for CSV files")
@@ -51,6 +59,7 @@ def _check(options: argparse.Namespace) -> None:
     # After parsing, so that --help and typing errors do not wait for JAX.
     from dopfn_jax.checkpoints import DEFAULT_CHECKPOINT, from_pretrained
     from dopfn_jax.evaluation.held_out import calibration, context_growth, trial_coverage
+    from dopfn_jax.evaluation.shrinkage import shrinkage
 
     checkpoint = from_pretrained(options.checkpoint or DEFAULT_CHECKPOINT)
 
@@ -61,6 +70,7 @@ def _check(options: argparse.Namespace) -> None:
         "calibration": lambda: calibration(checkpoint, number(2000)),
         "growth": lambda: context_growth(checkpoint, options.cache, number(200)),
         "trials": lambda: trial_coverage(checkpoint, number(1000)),
+        "shrinkage": lambda: shrinkage(checkpoint, number(192)),
     }
     for name in options.checks:
         table = tables[name]()

@@ -137,6 +137,21 @@ def test_units_and_places_of_columns_do_not_matter(artefact) -> None:
     np.testing.assert_allclose(far.logits, near.logits, atol=1e-3)
 
 
+def test_a_constant_column_has_no_scale(artefact) -> None:
+    answers = load(artefact)
+    parts = table() | {"x": table()["x"].astype(np.float64)}
+    parts["x"][:, 2] = 0.1
+    parts["query"] = parts["query"].astype(np.float64)
+    means = []
+    for value in (0.25, 0.1):  # the second is not exact in binary
+        query = parts["query"].copy()
+        query[:, 2] = value + 0.1
+        parts["x"][:, 2] = value
+        arguments = {name: parts[name] for name in ("x", "t", "y")}
+        means.append(answers(**arguments, query_x=query, query_t=parts["query_t"]).mean)
+    np.testing.assert_allclose(*means, atol=1e-5)
+
+
 def test_a_gpus_own_kernels_are_not_exported(checkpoint, tmp_path, monkeypatch) -> None:
     """On a host with CUDA, networks in 16 bits compute attention by cuDNN."""
     from dopfn_jax.model import attention

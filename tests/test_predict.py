@@ -170,6 +170,22 @@ def test_derivatives_are_those_of_the_answers() -> None:
         assert float((slope * direction).sum()) == pytest.approx(difference, rel=0.03, abs=0.01)
 
 
+def test_what_a_column_that_does_not_exist_holds_reaches_no_derivative() -> None:
+    model, (x, t, y, query) = random_model(0), table()
+    exists = np.array([True, True, False])
+
+    def total(x: jax.Array, query: jax.Array) -> jax.Array:
+        context = encode(model, x, t, y, np.ones(len(x), bool), exists)
+        return cate(model, context, query).sum()
+
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1)))
+    expected = gradients(x, query)
+    for values in (x, query):
+        values[:, 2] = np.inf
+    for gradient, other in zip(gradients(x, query), expected, strict=True):
+        np.testing.assert_allclose(gradient, other, atol=1e-5)
+
+
 def test_a_query_row_is_answered_on_its_own(model: DoPFN) -> None:
     x, t, y, query = table()
     others = query.copy()

@@ -38,7 +38,44 @@ def fit_column(values):
     """The schema of a table with one column, and its codes or numbers in their own units."""
     schema, table = fit(pd.DataFrame({"a": values}))
     column = schema.columns[0]
+    if column.indicators:
+        codes = np.where(np.isnan(table.x[:, 0]), np.nan, table.x.argmax(axis=1))
+        return column, codes.astype(float)
     return column, column.scale.restore(table.x[:, 0])
+
+
+class TestIndicators:
+    COLORS = ("red", "blue", None, "green", "red", "blue")
+
+    def test_each_category_without_an_order_is_a_column(self) -> None:
+        X = pd.DataFrame({"size": np.arange(6.0), "color": self.COLORS, "flag": list("ababab")})
+        schema, table = fit(X)
+        assert table.x.shape == (6, 5)
+        expected = pd.get_dummies(X["color"])[["blue", "green", "red"]].to_numpy(float)
+        expected[2] = np.nan
+        np.testing.assert_array_equal(table.x[:, 1:4], expected)
+        assert list(schema.decode(table.x, 1)) == list(self.COLORS)
+        assert list(schema.decode(table.x, 2)) == list("ababab")
+        again = Schema.from_dict(json.loads(json.dumps(schema.to_dict())))
+        np.testing.assert_array_equal(again.read_covariates(X.iloc[::-1]), table.x[::-1])
+        with pytest.raises(TableError, match="column 'color' holds 'pink', unseen"):
+            schema.read_covariates(X.assign(color="pink"))
+
+    def test_an_order_is_kept_as_codes(self) -> None:
+        sizes = pd.Categorical(list("slmslm"), ["s", "m", "l"], ordered=True)
+        ordered, table = fit(pd.DataFrame({"a": sizes}))
+        assert not ordered.columns[0].indicators and table.x.shape == (6, 1)
+        unordered, table = fit(pd.DataFrame({"a": pd.Categorical(sizes, ordered=False)}))
+        assert unordered.columns[0].categories == ("s", "m", "l") and table.x.shape == (6, 3)
+
+    def test_columns_of_few_categories_come_first_where_room_is_short(self) -> None:
+        X = pd.DataFrame({"many": list("abcdef"), "few": list("abcabc"), "x": np.arange(6.0)})
+        with pytest.warns(UserWarning, match="no room for an indicator .* of 'many'"):
+            schema, table = Schema.fit(X, T, Y, most=5)
+        assert [column.indicators for column in schema.columns] == [False, True, False]
+        assert table.x.shape == (6, 5)
+        _, table = Schema.fit(X, T, Y, most=10)
+        assert table.x.shape == (6, 10)
 
 
 class TestAccepted:
@@ -103,9 +140,9 @@ class TestAccepted:
         np.testing.assert_allclose(fit_column(values)[1], [1, 2.5, 3, 4, 0, 6], atol=1e-6)
         np.testing.assert_allclose(fit_column([True, False] * 3)[1], [1, 0] * 3, atol=1e-6)
 
-    def test_text_becomes_codes_in_alphabetical_order(self) -> None:
+    def test_text_becomes_categories_in_alphabetical_order(self) -> None:
         column, codes = fit_column(["low", "high", None, "mid ", "low", "high"])
-        assert column.categories == ("high", "low", "mid")
+        assert column.categories == ("high", "low", "mid") and column.indicators
         np.testing.assert_allclose(codes, [1, 0, math.nan, 2, 1, 0], atol=1e-6)
 
     def test_categoricals_keep_their_order_and_unused_categories(self) -> None:

@@ -42,7 +42,7 @@ class Checkpoint:
         name: the shipped name or the folder that it came from.
         model: the model with its weights.
         config: prior, model and training of the run that made it.
-        steps: training steps behind the weights.
+        steps: of the run that made it, not of what it started from; of a mean, of its runs.
         usual_tables: what tables of its prior look like, if that has been recorded (see
             `scripts/inspect_prior.py`); estimators warn about others.
     """
@@ -124,7 +124,7 @@ def save_checkpoint(
         folder: where `from_pretrained` will find it.
         model: the model to save.
         config: the configuration that it was trained under.
-        steps: training steps behind the weights.
+        steps: of the run that made it.
         usual_tables: from `dopfn_jax.diagnostics.usual_tables`.
 
     Raises:

@@ -397,7 +397,7 @@ def group_rows(by: By, x: NDArray[np.float32], schema: Schema) -> dict[object, N
         if name not in known:
             raise TableError(f"by is {by!r}, but the covariates are {known}; or pass labels.")
         position = known.index(name)
-        labels = pd.Series(schema.columns[position].decode(x[:, position])).infer_objects()
+        labels = pd.Series(schema.decode(x, position)).infer_objects()
     else:
         if isinstance(by, pd.DataFrame) and by.shape[1] == 1:
             by = by.iloc[:, 0]

@@ -99,7 +99,7 @@ class InContextEstimator(BaseEstimator):
             ValueError: a setting that makes no sense, or a device that is not there.
         """
         checkpoint = self._load_checkpoint()
-        schema, table = Schema.fit(X, t, y)
+        schema, table = Schema.fit(X, t, y, checkpoint.covariates)
         rows, covariates = table.x.shape
         check_covariates(checkpoint, covariates)
         if rows > self.max_context and self.n_estimators < 2:
@@ -157,13 +157,13 @@ class InContextEstimator(BaseEstimator):
             del self.contexts_
         self.checkpoint_, self.schema_, self.table_ = checkpoint, schema, table
         self.seed_ = seed
-        self.n_features_in_ = table.x.shape[1]
+        self.n_features_in_ = len(schema.columns)
         if schema.named:
             names = [column.name for column in schema.columns]
             self.feature_names_in_ = np.array(names, object)
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
-        self.network_ = self._network(checkpoint, self.n_features_in_)
+        self.network_ = self._network(checkpoint, table.x.shape[1])
         decided = ("n_estimators", "max_context", "transforms")
         self._settings_of_views = {setting: getattr(self, setting) for setting in decided}
         self.views_ = draw_views(table, self.n_estimators, self.max_context, seed, self.transforms)

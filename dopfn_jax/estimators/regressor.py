@@ -89,7 +89,7 @@ class DoPFNRegressor(EffectEstimator):
         contexts_: the encoded rows of each member, which all queries share; empty without cache.
         cache_bytes_: their size: with L layers, C tokens per row and width D about 8 L C N D bytes
             for each member.
-        n_features_in_: F.
+        n_features_in_: how many covariates there are, before categories become indicators.
         feature_names_in_: (F,) names of the columns, if X was a data frame.
     """
 
@@ -343,7 +343,7 @@ class DoPFNRegressor(EffectEstimator):
         schemas, questions = [], []
         for index, (X, t, y, query_X, query_t) in enumerate(tables):
             try:
-                schema, table = Schema.fit(X, t, y)
+                schema, table = Schema.fit(X, t, y, checkpoint.covariates)
                 check_covariates(checkpoint, table.x.shape[1])
                 if len(table.t) > self.max_context:
                     raise TableError(

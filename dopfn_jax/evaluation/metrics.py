@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -146,9 +145,9 @@ def median_interval(
     values = values[~np.isnan(values)]
     if not len(values):
         return float("nan"), float("nan")
-    draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
     tail = (1 - level) / 2
-    low, high = np.quantile(np.median(values[draws], axis=1), [tail, 1 - tail])
+    medians = _median(values[_draws(len(values), resamples, seed)])
+    low, high = np.quantile(medians, [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -161,8 +160,8 @@ def compare_methods(
 ) -> pd.DataFrame:
     """Medians of every method and their ratios to a reference, by a paired bootstrap.
 
-    Each resample draws datasets, so that all methods are compared on the same ones; a method's
-    ratio uses the datasets on which both it and the reference have an answer.
+    Each resample draws datasets among those that a method has an answer for; those of a ratio among
+    the ones that both it and the reference have an answer for, the same for both.
 
     Args:
         errors: a row per dataset, a column per method; NaN where a method has no answer.
@@ -175,27 +174,23 @@ def compare_methods(
         A row per method: median, low, high, datasets, ratio, ratio_low, ratio_high. A ratio above
         one says that the method errs more than the reference.
     """
-    values = errors.to_numpy(np.float64)
-    draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
     quantiles = [(1 - level) / 2, (1 + level) / 2]
-    base = values[:, list(errors.columns).index(reference)]
+    base = errors[reference].to_numpy(np.float64)
     rows = {}
-    for column, method in enumerate(errors.columns):
-        own = values[:, column]
+    for method in errors:
+        own = errors[method].to_numpy(np.float64)
         both = ~np.isnan(own) & ~np.isnan(base)
-        with np.errstate(all="ignore"):
-            medians = _nanmedian(own[draws])
-            ratios = _nanmedian(np.where(both, own, np.nan)[draws]) / _nanmedian(
-                np.where(both, base, np.nan)[draws]
-            )
-            centre = _nanmedian(np.where(both, own, np.nan)) / _nanmedian(
-                np.where(both, base, np.nan)
-            )
+        answered = own[~np.isnan(own)]
+        with np.errstate(all="ignore"):  # a reference may err by nothing
+            ratio = _median(own[both]) / _median(base[both])
+            drawn = _draws(int(both.sum()), resamples, seed)
+            ratios = _median(own[both][drawn]) / _median(base[both][drawn])
+        medians = _median(answered[_draws(len(answered), resamples, seed)])
         rows[method] = {
-            "median": float(_nanmedian(own)),
+            "median": float(_median(answered)),
             **_interval(medians, quantiles, ""),
-            "datasets": int(np.sum(~np.isnan(own))),
-            "ratio": float(centre),
+            "datasets": len(answered),
+            "ratio": float(ratio),
             **_interval(ratios, quantiles, "ratio_"),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -232,12 +227,14 @@ def rank_methods(errors: pd.DataFrame, alpha: float = 0.05) -> Any:
         )
 
 
-def _nanmedian(values: NDArray) -> NDArray:
-    if not np.isnan(values).any():
-        return np.median(values, axis=-1)  # much faster
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # all-NaN slices are NaN
-        return np.nanmedian(values, axis=-1)
+def _draws(number: int, resamples: int, seed: int) -> NDArray:
+    """Resampled indices, (resamples, number)."""
+    return np.random.default_rng(seed).integers(0, max(number, 1), (resamples, number))
+
+
+def _median(values: NDArray) -> NDArray:
+    """Over the last axis; NaN where that is empty."""
+    return np.median(values, axis=-1) if values.shape[-1] else np.full(values.shape[:-1], np.nan)
 
 
 def _interval(draws: NDArray, quantiles: list[float], prefix: str) -> Mapping[str, float]:

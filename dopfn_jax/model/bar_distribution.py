@@ -433,7 +433,9 @@ def _lower_quantile(masses: jax.Array, borders: jax.Array, q: jax.Array) -> jax.
         mass = masses[index]
         share = jnp.clip((q - below[index]) / jnp.where(mass > 0, mass, 1), 0, 1)
         inner = borders[index] + share * (borders[index + 1] - borders[index])
-        depth = -jax.scipy.special.ndtri(jnp.where(index == 0, share, 1 - share) / 2)
+        # In the tails only: elsewhere it may be infinite, which would make gradients NaN.
+        tail = jnp.where(index == 0, share, jnp.where(index == last, 1 - share, 0.5))
+        depth = -jax.scipy.special.ndtri(tail / 2)
         in_first = borders[1] - lower_scale * depth
         in_last = borders[-2] + upper_scale * depth
         return jnp.where(index == 0, in_first, jnp.where(index == last, in_last, inner))

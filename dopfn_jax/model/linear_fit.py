@@ -186,5 +186,5 @@ def _terms(x: jax.Array, t: jax.Array, covariate_mask: jax.Array) -> jax.Array:
     known = covariate_mask[:, None] & ~jnp.isnan(x)
     z = jnp.where(known, x, 0.0)
     square = jnp.where(known, jnp.square(jnp.clip(z, -_WIDEST, _WIDEST)) - 1.0, 0.0)
-    first = jnp.stack([jnp.ones_like(t), t], axis=-1)
-    return jnp.concatenate([first, z, square, t[..., None] * z], axis=-1)
+    arm = t[..., None]
+    return jnp.concatenate([jnp.ones_like(arm), arm, z, square, arm * z], axis=-1)

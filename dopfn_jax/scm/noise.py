@@ -27,13 +27,13 @@ def sample_noise(
         family: (K,) ids into NOISE_FAMILIES.
         scale: (K,) standard deviations.
         rows: number of rows R.
-        families: the families that `family` may hold; others are not computed.
+        families: the families that `family` may hold; others are not computed, their noise is NaN.
 
     Returns:
         (K, R) float32, mean zero, standard deviation `scale`.
     """
     shape = (family.shape[0], rows)
-    noise = jnp.zeros(shape, jnp.float32)
+    noise = jnp.broadcast_to(jnp.where(scale > 0, jnp.nan, 0.0)[:, None], shape)
     for name in families:
         # A node has one family, so all may use one key, hence the same random bits.
         draw = _SAMPLERS[name](key, shape)

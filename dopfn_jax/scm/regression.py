@@ -108,7 +108,7 @@ def interventional(
     scm.require(rows)
     if not rows:
         raise SCMError("interventional: give the rows of at least one node; for none, use sample.")
-    size = len(np.asarray(next(iter(rows.values()))))
+    size = np.shape(next(iter(rows.values())))[0]
 
     def repeated(value: Any) -> Any:
         return (
@@ -117,7 +117,7 @@ def interventional(
             else jnp.tile(jnp.asarray(value), samples)
         )
 
-    data = {n: np.asarray(v, np.float32) for n, v in rows.items() if scm.nodes[n].is_random}
+    data = {n: jnp.asarray(v, jnp.float32) for n, v in rows.items() if scm.nodes[n].is_random}
     model = intervene(
         observe(scm, {name: repeated(value) for name, value in data.items()}),
         {name: repeated(value) for name, value in do.items()},

@@ -119,7 +119,7 @@ def to_arrays(scm: SCM) -> structure.SCM:
     """The SCM as the arrays that the prior and `propagate` work on, nodes in the order of `names`.
 
     With it a known SCM can generate tables: `dopfn_jax.prior.sample_table(key, scm.to_arrays(),
-    roles, ...)`.
+    roles, ...)`, of a prior whose `noise_families` hold the SCM's; else the table is not valid.
 
     Raises:
         SCMError: a node that the array form cannot hold. It holds weighted sums without a bias

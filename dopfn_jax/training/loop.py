@@ -88,12 +88,14 @@ def train(
     Raises:
         MeshError: the mesh does not divide the tasks of a batch.
         RunDirectoryError: the folder cannot be written, holds another run, or is in use.
-        CheckpointError: a checkpoint cannot be read or written, or `init_from` is another model.
+        CheckpointError: a checkpoint cannot be read or written, or `init_from` is another model or
+            was trained with the same seed.
         TrainingError: the gradient stayed non-finite.
     """
     trainer = Trainer(config, mesh)
     if init_from is not None:
         _require_same_model(init_from, config)
+        _require_other_tasks(init_from, config)
     stop = min(config.training.steps, stop_after or config.training.steps)
     with _stop_signals() as stopping, closing(RunDirectory(workdir, config, resume)) as directory:
         if directory.latest_step() is not None:
@@ -322,6 +324,16 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+def _require_other_tasks(checkpoint: Checkpoint, config: Config) -> None:
+    """The tasks of step k depend on seed and k alone, so the same seed would draw them again."""
+    seed = config.training.seed
+    if seed == checkpoint.config.training.seed and checkpoint.steps:
+        raise CheckpointError(
+            f"--init-from {checkpoint.name}: it was trained with training.seed={seed} too, so the "
+            f"run would draw the tasks that it has seen; give another, such as --seed {seed + 1}"
+        )
 
 
 def _require_same_model(checkpoint: Checkpoint, config: Config) -> None:

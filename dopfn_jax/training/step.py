@@ -189,11 +189,14 @@ class Trainer:
         config, data = self.config, self.mesh.shape["data"]
         # As many as the mesh can split; the surplus is cut off, so that no mesh sees others.
         tasks = -(-_BORDER_TASKS // data) * data
-        shape = TableShape(rows=256, context=(128, 128), tasks=tasks)
+        kinds = [shape.covariates for shape in config.training.shapes]
+        # Of the paper's prior, unless the run never draws from it.
+        covariates = (0, 0) if (0, 0) in kinds else kinds[0]
+        shape = TableShape(rows=256, context=(128, 128), tasks=tasks, covariates=covariates)
 
         @partial(jax.jit, out_shardings=self._replicated)
         def targets(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-            task = sample_batch(key, config.prior, shape, self.mesh)
+            task = sample_batch(key, config.prior_of(shape), shape, self.mesh)
             scaler = Scaler.fit(task.context_x, task.context_y, task.context_mask)
             return scaler.outcome(task.query_y), task.query_mask & task.valid[:, None]
 

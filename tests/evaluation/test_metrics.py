@@ -74,6 +74,14 @@ def test_the_interval_of_a_median_shrinks_with_the_datasets():
     assert widths[0] / widths[1] == pytest.approx(4, rel=0.6)
 
 
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
+    rng = np.random.default_rng(3)
+    for level in (0.5, 0.95):
+        bounds = [median_interval(rng.normal(size=40), level, 400) for _ in range(400)]
+        share = np.mean([low <= 0 <= high for low, high in bounds])
+        assert share == pytest.approx(level, abs=0.06)
+
+
 def test_pairing_sees_a_difference_that_separate_intervals_hide():
     """Datasets differ a hundredfold in difficulty; one method is always 20 % worse."""
     easy = np.exp(np.random.default_rng(1).normal(scale=2, size=60))
@@ -88,6 +96,17 @@ def test_a_method_is_compared_where_it_has_an_answer():
     row = compare_methods(errors, "ours").loc["other"]
     assert row["ratio"] == pytest.approx(2.0)
     assert row["datasets"] == 2
+
+
+def test_datasets_without_an_answer_widen_no_interval():
+    answers = np.random.default_rng(4).lognormal(size=12)
+    alone = compare_methods(pd.DataFrame({"few": answers}), "few").loc["few"]
+    beside = np.concatenate([answers, np.full(88, np.nan)])
+    table = pd.DataFrame({"all": np.ones(100), "few": beside})
+    row = compare_methods(table, "all").loc["few"]
+    assert list(row[["low", "high"]]) == list(alone[["low", "high"]])
+    assert list(row[["ratio_low", "ratio_high"]]) == list(alone[["low", "high"]])
+    assert compare_methods(table.assign(few=np.nan), "all").loc["few"].drop("datasets").isna().all()
 
 
 def test_ranks_find_the_better_method():

@@ -230,12 +230,19 @@ def test_gradients_are_finite_everywhere(bars):
         bars = BarDistribution(logits, jnp.asarray(BORDERS))
         totals = {"log_prob": bars.log_prob(y), "cdf": bars.cdf(y), "crps": bars.crps(y)}
         totals |= {"mean": bars.mean, "variance": bars.variance, "entropy": bars.entropy}
+        totals |= {"quantile": bars.quantile(jnp.array([0.05, 0.5, 0.95]))}
         return {name: total.sum() for name, total in totals.items()}
 
     for sharpness in (1, 80):
         for name, gradients in jacobians(sharpness * bars.logits, y).items():
             for gradient in gradients:
                 assert np.isfinite(gradient).all(), name
+
+
+def test_gradient_of_the_median_by_the_borders_is_where_it_lies():
+    borders = jnp.array([-2.0, -1.0, 0.0, 1.0, 2.0])
+    gradient = jax.grad(lambda borders: BarDistribution(jnp.zeros(4), borders).median)(borders)
+    np.testing.assert_allclose(gradient, [0, 0, 1, 0, 0], atol=1e-6)
 
 
 def test_every_answer_is_affine_equivariant(bars):

@@ -65,6 +65,13 @@ def test_families_that_no_node_has_may_be_left_out():
     np.testing.assert_allclose(fewer, expected, rtol=1e-6)
 
 
+def test_a_family_that_was_left_out_is_not_taken_for_no_noise():
+    scale = np.where(np.arange(len(SCALE)) == 1, np.float32(0), SCALE)
+    fewer = _sample(jax.random.key(1), FAMILY, scale, 5, NOISE_FAMILIES[:1])
+    known = (FAMILY == 0) | (scale == 0)
+    np.testing.assert_array_equal(np.isfinite(fewer).all(axis=1), known)
+
+
 @pytest.mark.parametrize("end", [0.0, 1 - 2.0**-23])
 def test_the_ends_of_the_uniform_draws_give_no_outlier(monkeypatch, end):
     # Student-t noise is a power of a uniform draw: close to 0 it would be astronomically large.

@@ -61,6 +61,8 @@ def test_interventional_and_counterfactual_predictions(table: pd.DataFrame) -> N
     mean = interventional(fitted, rows, {"t": 1.0}, KEY, samples=200)
     np.testing.assert_allclose(mean["y"], 2.5 - rows["x"], atol=0.1)
     np.testing.assert_allclose(mean["x"], rows["x"], rtol=1e-5)
+    traced = jax.jit(lambda x: interventional(fitted, {"x": x}, {"t": 1.0}, KEY, samples=200)["y"])
+    np.testing.assert_allclose(traced(rows["x"].to_numpy()), mean["y"], atol=0.1)
     unit = counterfactual(fitted, rows, {"t": 1.0})["y"]
     np.testing.assert_allclose(unit, rows["y"] + 2 * (1 - rows["t"]), atol=0.1)
 

@@ -293,6 +293,7 @@ def test_bad_input_is_named_and_leaves_no_work_directory(
         ("--mesh", "64"): "needs 64 devices",
         ("--init-from", str(tmp_path)): "nor a folder with model.safetensors",
         ("--init-from", str(reference), "model.width=64"): "model.width: 32 -> 64",
+        ("--init-from", str(reference)): "give another, such as --seed",
     }.items():
         assert main([*good, *bad]) == 2, bad
         assert message in capsys.readouterr().err

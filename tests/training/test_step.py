@@ -71,6 +71,25 @@ def test_every_preset_has_a_state(name: str) -> None:
     assert (model.layers, model.width, model.mlp_ratio * model.width) in shapes
 
 
+def test_borders_suit_the_prior_that_a_run_draws_from(config: Config) -> None:
+    mesh = jax.make_mesh((1, 1), ("data", "model"))
+    shape = TableShape(rows=24, context=(8, 16), tasks=2)
+    wide = dataclasses.replace(shape, covariates=(1, 4))
+    borders = []
+    for shapes, noise in (
+        ((wide,), 0.1),
+        ((wide,), 50.0),
+        ((shape, wide), 0.1),
+        ((shape, wide), 50.0),
+    ):
+        prior = dataclasses.replace(config.wide, noise_ratio=(noise, noise))
+        training = dataclasses.replace(config.training, shapes=shapes)
+        changed = dataclasses.replace(config, wide=prior, training=training)
+        borders.append(np.asarray(Trainer(changed, mesh)._fit_borders()))
+    assert np.abs(borders[0] - borders[1]).max() > 0.1
+    np.testing.assert_array_equal(borders[2], borders[3])
+
+
 def test_steps_transfer_nothing_and_compile_once(
     trainer: Trainer, fresh: Callable[..., TrainState]
 ) -> None:
