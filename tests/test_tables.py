@@ -51,7 +51,7 @@ class TestIndicators:
         X = pd.DataFrame({"size": np.arange(6.0), "color": self.COLORS, "flag": list("ababab")})
         schema, table = fit(X)
         assert table.x.shape == (6, 5)
-        expected = pd.get_dummies(X["color"])[["blue", "green", "red"]].to_numpy(float)
+        expected = pd.get_dummies(X["color"])[["blue", "green", "red"]].to_numpy(float, copy=True)
         expected[2] = np.nan
         np.testing.assert_array_equal(table.x[:, 1:4], expected)
         assert list(schema.decode(table.x, 1)) == list(self.COLORS)

@@ -163,7 +163,8 @@ def _print(summary: "Summary", covariates: list[str], options: argparse.Namespac
     for warning in summary.warnings:
         print(f"warning: {warning}")
     print(
-        "The interval says how much the estimate varies with the rows that were sampled. It does\n"
+        "The interval says how much the estimate varies with the rows that were sampled, and\n"
+        "reaches as far as the estimate without hidden confounding lies off. It does\n"
         "not cover confounders left out, or covariates that the treatment itself changed."
     )
 

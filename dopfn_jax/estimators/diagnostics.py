@@ -22,9 +22,10 @@ _POOR_OVERLAP = 0.3
 _FEW_ROWS = 10
 
 CONFOUNDING_NOTE = (
-    "The interval covers sampling, not hidden confounding: if something unmeasured moves both "
-    "treatment and outcome, the model averages over the worlds that its prior deems possible; and "
-    "ATT and ATC average effects given the covariates, which may then differ between the arms."
+    "The interval covers sampling and the distance to the AIPW estimate, not hidden confounding: "
+    "if something unmeasured moves both treatment and outcome, the model averages over the worlds "
+    "that its prior deems possible; and ATT and ATC average effects given the covariates, which "
+    "may then differ between the arms."
 )
 
 

@@ -3,6 +3,7 @@
 Axes: R resamples, N rows of the fitted table, M query rows, F covariates, G groups.
 """
 
+from collections.abc import Iterator
 from statistics import NormalDist
 from typing import overload
 
@@ -25,6 +26,8 @@ Part = NDArray[np.intp] | int | None
 INTERVAL_ROWS = 1024
 # More subgroups than this are a number that has not been binned.
 _MOST_GROUPS = 50
+# Standard errors by which an arm's answers may miss its outcomes before `summary` says so.
+_MISSED_LEVEL = 2.5
 # Levels at which the bounds of an individual effect are looked for.
 _LEVELS = 64
 
@@ -348,9 +351,7 @@ class EffectEstimator(InContextEstimator):
         """Residuals of the fitted rows over the probability of their treatment, and propensities.
 
         Both (N,), residuals in units of y. Those of controls have the other sign, so that the mean
-        is what AIPW adds to the ATE. Rows are predicted from a context that holds them: nothing has
-        been fitted to them that could overfit, and predictions from the other folds err more in
-        small tables.
+        is what AIPW adds to the ATE.
         """
         check_is_fitted(self)
         self._require_two_rows_per_arm("a doubly robust estimate")
@@ -358,9 +359,31 @@ class EffectEstimator(InContextEstimator):
         overlap = estimate_overlap(table)
         least = least_propensity(overlap.arm_sizes)
         propensity = overlap.propensity.clip(least, 1 - least)
-        expected = self._means(table.x, table.t, self._contexts).mean(axis=0)
         weight = np.where(table.t == 1, 1 / propensity, -1 / (1 - propensity))
-        return self.schema_.outcome.scale * weight * (table.y - expected), propensity
+        return weight * self._residuals(), propensity
+
+    def _residuals(self) -> NDArray[np.float64]:
+        """Outcomes of the fitted rows less what is predicted for them, (N,), in units of y.
+
+        Rows are predicted from a context that holds them, which makes residuals too small where
+        there are few rows for a column; predictions from other folds err more in small tables.
+        """
+        expected = self._means(self.table_.x, self.table_.t, self._contexts).mean(axis=0)
+        return self.schema_.outcome.scale * (self.table_.y - expected)
+
+    def _missed_levels(self) -> Iterator[str]:
+        """Warnings for arms whose outcomes are on average not what is predicted for them."""
+        residuals = self._residuals()
+        for arm in (0, 1):
+            own = residuals[self.table_.t == arm]
+            mean, error = float(own.mean()), _standard_error(own)
+            if abs(mean) > _MISSED_LEVEL * error:
+                where = "below" if mean > 0 else "above"
+                yield (
+                    f"the answers under treatment {arm} lie {abs(mean):.3g} {where} the outcomes "
+                    f"of the rows that had it, {abs(mean) / error:.1f} standard errors: something "
+                    "hidden confounds, or the weights do not know such outcomes; compare aipw_ate"
+                )
 
     def _binary_effect_interval(
         self, x: NDArray[np.float32], alpha: float

@@ -301,6 +301,7 @@ class DoPFNRegressor(EffectEstimator):
             warnings=(
                 *observational(self.checkpoint_),
                 *overlap.warnings,
+                *self._missed_levels(),
                 *unlike_prior(self.table_, self.checkpoint_),
             ),
         )

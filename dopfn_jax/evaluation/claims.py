@@ -75,7 +75,7 @@ def _less_than_others(
         rivals = [n for n in table.method.unique() if not is_dopfn(n) and not sees_truth(n)]
         found = _against_hardest(table, metric, method, rivals, limit)
         table = table[table.suite != "graphs"].assign(case=lambda t: t.case.str.split(":").str[0])
-        cases = dict(list(table.groupby("case")))
+        cases = {str(case): rows for case, rows in table.groupby("case")}
         if not found or len(cases) < 2:
             return found
         verdict, numbers = found

@@ -6,7 +6,7 @@ the regression of true average effects on them has slope 1; above 1, answers are
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ SMALL = 0.5
 _QUERIES = 64
 _BATCH = 8
 _SOME, _MUCH = (0.7, 1.5), (2.0, 4.0)
-_RANDOMISED = {"assignments": ("coin",), "treated_rate": (0.3, 0.7)}
+_RANDOMISED: dict[str, Any] = {"assignments": ("coin",), "treated_rate": (0.3, 0.7)}
 
 
 class Kind(NamedTuple):
@@ -42,10 +42,10 @@ class Kind(NamedTuple):
     name: str
     noise: tuple[float, float]
     rows: int
-    changes: dict[str, object]
+    changes: dict[str, Any]
 
 
-_OPEN = {"hidden_share": 0.0, "post_treatment_share": 0.0}
+_OPEN: dict[str, Any] = {"hidden_share": 0.0, "post_treatment_share": 0.0}
 KINDS = (
     Kind("a coin decides, nothing is hidden", _MUCH, 1200, _OPEN | _RANDOMISED),
     Kind("a coin decides, nothing is hidden", _SOME, 1200, _OPEN | _RANDOMISED),
@@ -110,6 +110,7 @@ def _effects(
     size, context = rows + _QUERIES, (rows, rows)
     task = sample_wide_tasks(keys, prior, size, context, COVARIATES, potential_outcomes=True)
     both = ask_both_arms(task, _QUERIES)
+    assert task.y0 is not None and task.y1 is not None  # as asked for
     logits, scaler = answer(model, both)
     means = model.distribution(logits).mean
     sign = jnp.where(both.query_t[:, :_QUERIES] > 0.5, 1.0, -1.0)

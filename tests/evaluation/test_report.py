@@ -174,6 +174,7 @@ def test_as_well_as_allows_a_tenth_more(report):
 
 def test_a_claim_of_all_case_studies_holds_partly_where_one_is_lost(report):
     scores = read_scores(report / "results")
+    scores = scores[scores.method != "t_rf"]
     many = pd.concat([scores, scores[scores.case == "backdoor"].assign(case="frontdoor")])
     lost = _scaled(many, "cid", 4, many.case == "small")
     found = _verdict(lost, "CID of case studies: errs less than every")
