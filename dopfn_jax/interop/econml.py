@@ -22,15 +22,16 @@ class DoPFNCateEstimator(BaseEstimator):
     """An EconML estimator that asks a `DoPFNRegressor`.
 
     EconML tells effect modifiers X from controls W. Do-PFN conditions on both, so `fit` takes them
-    side by side, and without W at query time every query row is asked about with its W missing:
-    fit with X alone, where effects are to be compared with those of other estimators.
+    side by side. Without X, methods ask about the fitted rows with their W. Rows of an X that is
+    given are asked about with their W missing: fit with X alone, where effects are to be compared
+    with those of other estimators.
 
     Args:
         model: the regressor; its settings count, and fitting fits a copy of it.
 
     Attributes:
         model_: the fitted copy.
-        X_: the fitted X, which queries without X ask about.
+        X_: the fitted X.
         controls_: the columns of W; None without.
     """
 
@@ -92,15 +93,18 @@ class DoPFNCateEstimator(BaseEstimator):
         """The mean of `effect` over the rows of X."""
         return float(self.effect(X, T0=T0, T1=T1).mean())
 
+    def ate_interval(self, X: Data | None = None, *, alpha: float = 0.05) -> tuple[float, float]:
+        """`DoPFNRegressor.ate_interval`, over the rows of X."""
+        return self.model_.ate_interval(self._query(X), alpha=alpha)
+
     def _query(self, X: Data | None) -> Data | None:
-        """X beside controls that are missing."""
-        if self.controls_ is None:
+        """X beside controls that are missing; None, the fitted rows with theirs, stays None."""
+        if self.controls_ is None or X is None:
             return X
-        X = self.X_ if X is None else X
         if isinstance(self.X_, pd.DataFrame) and not isinstance(X, pd.DataFrame):
             # EconML's scorers pass arrays; the columns are matched by position.
             X = pd.DataFrame(np.asarray(X), columns=self.X_.columns)
-        rows = range(len(self.model_.table_.t) if X is None else np.shape(X)[0])
+        rows = range(np.shape(X)[0])
         return _beside(X, pd.DataFrame(np.nan, index=rows, columns=self.controls_))
 
 

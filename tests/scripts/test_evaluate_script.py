@@ -99,4 +99,4 @@ def test_a_report_of_two_simple_methods(tmp_path, capsys):
         "python scripts/evaluate.py --suites simulated --methods mean",
         "python scripts/evaluate.py --suites simulated --methods linear zero --datasets 1",
     ]
-    assert "| simulated: Simulators of the literature | 6 | 1 | linear, zero |" in page
+    assert "| simulated: Simulators of the literature | 6 | 1 | 1: linear, zero |" in page
