@@ -91,7 +91,7 @@ def _inspect(options: argparse.Namespace) -> None:
     rows: int = options.rows
     own: dict[str, float] = {}
     if options.csv:
-        table = _read(options)
+        table = _read(options, config.covariates)
         rows = min(rows, len(table.t))
         own = table_statistics(table.x, table.t, table.y, rows)
     priors = {}
@@ -133,7 +133,7 @@ def _record(options: argparse.Namespace) -> None:
     print(f"written: what is usual for tables of {', '.join(map(str, usual))} rows")
 
 
-def _read(options: argparse.Namespace) -> Any:
+def _read(options: argparse.Namespace, most: int) -> Any:
     import pandas as pd
 
     from dopfn_jax.tables import Schema
@@ -146,7 +146,7 @@ def _read(options: argparse.Namespace) -> Any:
                 f"--{option} {name}: not a column; there are {', '.join(map(str, table))}"
             )
     covariates = table.drop(columns=[options.treatment, options.outcome])
-    return Schema.fit(covariates, table[options.treatment], table[options.outcome])[1]
+    return Schema.fit(covariates, table[options.treatment], table[options.outcome], most)[1]
 
 
 def _draw(priors: Any, own: dict[str, float], options: argparse.Namespace) -> None:
