@@ -377,7 +377,7 @@ class EffectEstimator(InContextEstimator):
         for arm in (0, 1):
             own = residuals[self.table_.t == arm]
             mean, error = float(own.mean()), _standard_error(own)
-            if abs(mean) > _MISSED_LEVEL * error:
+            if abs(mean) > _MISSED_LEVEL * error > 0:
                 where = "below" if mean > 0 else "above"
                 yield (
                     f"the answers under treatment {arm} lie {abs(mean):.3g} {where} the outcomes "

@@ -76,6 +76,16 @@ class TestPlacebo:
 
 
 class TestSummary:
+    def test_says_where_answers_miss_the_outcomes_of_an_arm(self, checkpoint) -> None:
+        """Untrained weights know no outcomes; two arms without any noise leave nothing to say."""
+        generator = np.random.default_rng(0)
+        t = np.arange(64) % 2
+        noisy = 50 * t + generator.normal(size=64)
+        found = DoPFNRegressor(checkpoint).fit(None, t, noisy).summary().warnings
+        assert [w for w in found if w.startswith("the answers under treatment 1 lie")]
+        found = DoPFNRegressor(checkpoint).fit(None, t, 50.0 * t).summary().warnings
+        assert not [w for w in found if w.startswith("the answers under")]
+
     def test_holds_the_answers_of_the_methods(self, fitted) -> None:
         _, t, y = table()
         summary = fitted.summary(alpha=0.1)
