@@ -202,14 +202,17 @@ class WidePriorConfig:
         "continuous",
         "continuous",
         "continuous",
+        "continuous",
+        "binary",
         "binary",
         "skewed",
         "count",
+        "zero_inflated",
     )
     # Share of tasks whose outcome is multiplied by -1, so that effects are as often negative.
     mirrored_share: float = 0.5
     # Standard deviation of the outcome's noise, as a multiple of its signal's: log-uniform.
-    noise_ratio: tuple[float, float] = (0.02, 8.0)
+    noise_ratio: tuple[float, float] = (0.05, 8.0)
     heteroscedastic_share: float = 0.3
     missing_share: float = 0.2
     # Share of tasks with duplicated columns; each replaces another, whose node is then hidden.

@@ -63,7 +63,11 @@ COLUMN_KINDS = {
 # Of the outcome, in all its arms alike. `z` is standardised by the observed arm.
 OUTCOME_KINDS = {
     "continuous": continuous,
-    "binary": binary,
+    "binary": lambda z, u, v: (z > 4.4 * (u - 0.5)).astype(z.dtype),  # rarer from 1.4 %
     "skewed": skewed,
     "count": lambda z, u, v: jnp.floor(jnp.exp((0.3 + 0.7 * u) * jnp.clip(z, -6.0, 6.0) + 2.0 * v)),
+    # Amounts: nothing below a threshold, log-normal tails above.
+    "zero_inflated": lambda z, u, v: jnp.expm1(
+        (0.3 + v) * jnp.clip(z - 2.0 * (u - 0.5), 0.0, 6.0)
+    ),
 }
