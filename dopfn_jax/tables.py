@@ -27,6 +27,8 @@ from dopfn_jax.cells import Cells, Data, TableError, encode, listed, read_array,
 
 # Standardised cells are clipped here: far beyond any use, yet safe to square in float32.
 _FAR = 1e15
+# Numbers that differ by less than this share of the largest are equal but for rounding.
+_ROUNDING = 8 * float(np.finfo(np.float64).eps)
 
 
 class Table(NamedTuple):
@@ -65,8 +67,8 @@ class Scale:
     def standardise(self, values: NDArray[np.float64]) -> NDArray[np.float32]:
         """Values in their own units -> standardised float32."""
         offset = values - self.loc
-        offset = np.where(np.abs(offset) <= rounding(self.loc), 0.0, offset)
-        return np.clip(offset / self.scale, -_FAR, _FAR).astype(np.float32)
+        offset[np.abs(offset) <= _ROUNDING * abs(self.loc)] = 0.0
+        return (offset / self.scale).clip(-_FAR, _FAR).astype(np.float32)
 
     def restore(self, values: ArrayLike) -> NDArray[np.float64]:
         """Standardised values -> float64 in the column's own units."""
@@ -271,7 +273,7 @@ class Schema:
 
 def rounding(values: ArrayLike) -> float:
     """By how much values may differ that would be equal but for rounding; 0 for none."""
-    return float(8 * np.finfo(np.float64).eps * np.max(np.abs(values), initial=0.0))
+    return _ROUNDING * float(np.max(np.abs(values), initial=0.0))
 
 
 def read_treatment(t: Data) -> NDArray[np.float32]:

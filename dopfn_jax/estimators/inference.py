@@ -32,8 +32,8 @@ CHUNK_ROWS = 2048
 # or fewer, so that attention scores, or keys and values, take at most so many floats (256 MB).
 CHUNK_FLOATS = 2**26
 
-# A few queries of a context that is kept are padded to no more than this.
-_FEWEST_QUERIES = 8
+# A few queries of a context that is kept are padded to this, or one row at most.
+_FEW_QUERIES = 8
 
 # Ways to summarise a distribution.
 Output = Literal["mean", "median", "mode", "quantiles"]
@@ -108,7 +108,7 @@ class Network:
         """
         context_rows = max(context_rows, context.mask.shape[-1])
         for rows in self.progress(list(self.chunks(len(x), context_rows)), "queries"):
-            size = padded_rows(rows.stop - rows.start, _FEWEST_QUERIES)
+            size = padded_queries(rows.stop - rows.start)
             query = pad(x[rows], size, self.columns)
             yield jitted_predict(*self._parts, context, query, pad(t[rows], size)), rows
 
@@ -207,13 +207,15 @@ def encoding_bytes(config: ModelConfig, rows: int, columns: int) -> int:
     return 8 * min(scores, scores_at_once()) + 2 * context_bytes(config, rows, columns)
 
 
-def padded_rows(rows: int, fewest: int = 16) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, 128, ... that is at least `rows`.
+def padded_rows(rows: int) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, 128, ... that is at least `rows`."""
+    power = max(16, 1 << (rows - 1).bit_length())
+    return 3 * power // 4 if power > 16 and rows <= 3 * power // 4 else power
 
-    The first is `fewest`, a power of two; with 8 it is followed by 12.
-    """
-    power = max(fewest, 1 << (rows - 1).bit_length())
-    return 3 * power // 4 if power > fewest and rows <= 3 * power // 4 else power
+
+def padded_queries(rows: int) -> int:
+    """The smallest of 8, 10, 12, 14, 16, 24, 32, 48, ... that is at least `rows`."""
+    return padded_rows(rows) if rows > 2 * _FEW_QUERIES else max(rows + rows % 2, _FEW_QUERIES)
 
 
 def padded_columns(covariates: int, most: int) -> int:

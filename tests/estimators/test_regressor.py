@@ -18,7 +18,7 @@ from dopfn_jax.checkpoints import (
     save_checkpoint,
 )
 from dopfn_jax.estimators import DoPFNRegressor, inference
-from dopfn_jax.estimators.inference import padded_rows, power_of_two
+from dopfn_jax.estimators.inference import padded_queries, padded_rows, power_of_two
 from dopfn_jax.model.bar_distribution import BarDistribution
 from dopfn_jax.predict import cate, encode
 from tests.estimators.small import COVARIATES, ROWS, assert_same, table
@@ -299,7 +299,8 @@ def test_bars_are_for_terminals_and_long_waits(fitted, monkeypatch) -> None:
 def test_row_sizes() -> None:
     sizes = [padded_rows(rows) for rows in range(1, 5000)]
     assert sorted(set(sizes[:128])) == [16, 24, 32, 48, 64, 96, 128]
-    assert [padded_rows(rows, 8) for rows in (0, 1, 8, 9, 12, 13, 17)] == [8, 8, 8, 12, 12, 16, 24]
+    few = [padded_queries(rows) for rows in (0, 1, 8, 9, 10, 11, 13, 16, 17, 100)]
+    assert few == [8, 8, 8, 10, 10, 12, 14, 16, 24, 128]
     assert all(rows <= size for rows, size in enumerate(sizes, start=1))
     assert len(set(sizes)) < 20
     assert [power_of_two(limit, 2, 12) for limit in (0.1, 3.9, 4.0, 7.0, 1e9)] == [2, 2, 4, 4, 8]
