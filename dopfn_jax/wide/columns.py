@@ -67,7 +67,5 @@ OUTCOME_KINDS = {
     "skewed": skewed,
     "count": lambda z, u, v: jnp.floor(jnp.exp((0.3 + 0.7 * u) * jnp.clip(z, -6.0, 6.0) + 2.0 * v)),
     # Amounts: nothing below a threshold, log-normal tails above.
-    "zero_inflated": lambda z, u, v: jnp.expm1(
-        (0.3 + v) * jnp.clip(z - 2.0 * (u - 0.5), 0.0, 6.0)
-    ),
+    "zero_inflated": lambda z, u, v: jnp.expm1((0.3 + v) * jnp.clip(z - 2.0 * (u - 0.5), 0.0, 6.0)),
 }
