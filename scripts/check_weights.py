@@ -1,9 +1,10 @@
-"""Checks weights on fresh draws: calibration, longer contexts, intervals of trials, shrinkage.
+"""Checks weights on fresh draws: calibration, longer contexts, trials, shrinkage, outcomes.
 
 Calibration: coverage of central intervals on tasks of the checkpoint's own prior, by size of
 context. Growth: error at 1,000 context rows over that at 250. Trials: how often the interval of the
 average effect holds the truth. Shrinkage: how far average effects are drawn towards zero among
-noise. Prints tables; with --output, writes them as CSV files.
+noise. Outcomes: average effects on 0/1 outcomes, counts and amounts in trials. Prints tables; with
+--output, writes them as CSV files.
 
 Examples:
     python scripts/check_weights.py
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-CHECKS = ("calibration", "growth", "trials", "shrinkage")
+CHECKS = ("calibration", "growth", "trials", "shrinkage", "outcomes")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +60,7 @@ def _check(options: argparse.Namespace) -> None:
     # After parsing, so that --help and typing errors do not wait for JAX.
     from dopfn_jax.checkpoints import DEFAULT_CHECKPOINT, from_pretrained
     from dopfn_jax.evaluation.held_out import calibration, context_growth, trial_coverage
+    from dopfn_jax.evaluation.outcomes import effects_by_outcome
     from dopfn_jax.evaluation.shrinkage import shrinkage
 
     checkpoint = from_pretrained(options.checkpoint or DEFAULT_CHECKPOINT)
@@ -71,6 +73,7 @@ def _check(options: argparse.Namespace) -> None:
         "growth": lambda: context_growth(checkpoint, options.cache, number(200)),
         "trials": lambda: trial_coverage(checkpoint, number(1000)),
         "shrinkage": lambda: shrinkage(checkpoint, number(192)),
+        "outcomes": lambda: effects_by_outcome(checkpoint, number(20)),
     }
     for name in options.checks:
         table = tables[name]()
