@@ -19,6 +19,7 @@ The first run compiles, which takes longer than the answer. Compiled programs ar
 Examples:
     dopfn-jax predict examples/data/nhefs.csv --treatment qsmk --outcome wt82_71
     dopfn-jax predict trial.csv --treatment drug --outcome weight --covariates age,sex
+    dopfn-jax predict trial.csv --treatment drug --outcome weight --exclude patient,side_effects
     dopfn-jax predict shop.csv --treatment sale --outcome profit --no-covariates
     dopfn-jax predict trial.csv --treatment drug --outcome weight --plot effects.png
     dopfn-jax predict trial.csv --treatment drug --outcome weight --json | jq .ate
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from dopfn_jax.estimators import DoPFNRegressor
     from dopfn_jax.estimators.diagnostics import Summary
 
+# What files of effects begin with.
+_FIRST_NAMES = b"row,cate,cid0"
 _QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 
 
@@ -58,7 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="columns measured before the treatment, separated by commas or spaces "
         "(default: all the others)",
     )
+    which.add_argument(
+        "--exclude",
+        nargs="+",
+        metavar="COL",
+        help="columns to leave out, such as identifiers and what was measured after the treatment",
+    )
     which.add_argument("--no-covariates", action="store_true", help="use no other column")
+    add("--separator", default=",", metavar="CHAR", help="between cells (default: a comma)")
     add("--checkpoint", help="weights: a name of `dopfn-jax info`, a folder, or hf:OWNER/NAME")
     add("--output", type=Path, help="CSV file to write (default: NAME_effects.csv, here)")
     add("--alpha", type=float, default=0.05, help="1 - level of the intervals (default: 0.05)")
@@ -94,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
     _check_files(options, output)
     if not 0 < options.alpha < 1:
         raise ValueError(f"--alpha {options.alpha}: must lie between 0 and 1.")
-    table = _read(options.data)
+    table = _read(options.data, options.separator)
     for option in ("treatment", "outcome"):
         _check_column(table, getattr(options, option), f"--{option}")
     t, y = table[options.treatment], table[options.outcome]
@@ -181,6 +191,8 @@ def _check_files(options: argparse.Namespace, output: Path) -> None:
             raise ValueError(f"{option} {path}: is the input itself; choose another name.")
         if not path.parent.is_dir():
             raise ValueError(f"{option} {path}: there is no folder {path.parent}.")
+    if options.output is None and output.exists() and not _is_ours(output):
+        raise ValueError(f"{output}: holds something else; name the file to write by --output.")
     if options.plot is not None:
         # Says now, not after minutes, what is missing.
         from dopfn_jax.cli.figures import check_format
@@ -188,15 +200,18 @@ def _check_files(options: argparse.Namespace, output: Path) -> None:
         check_format(options.plot)
 
 
-def _read(path: Path) -> "pd.DataFrame":
+def _read(path: Path, separator: str) -> "pd.DataFrame":
     import pandas as pd
 
+    if len(separator) != 1:
+        raise ValueError(f"--separator {separator!r}: must be a single character.")
     try:
-        names = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].dropna()
+        first = pd.read_csv(path, header=None, nrows=1, dtype=str, sep=separator).iloc[0]
+        names = first.dropna()
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
             # Else pandas takes the first column as labels where rows are longer than the names.
-            table = pd.read_csv(path, index_col=False)
+            table = pd.read_csv(path, index_col=False, sep=separator)
     except pd.errors.ParserWarning as error:
         raise ValueError(
             f"{path}: its rows have more cells than the line of names: name the first column if it "
@@ -206,6 +221,11 @@ def _read(path: Path) -> "pd.DataFrame":
         raise ValueError(f"{path}: is no CSV table ({error}).") from error
     for name in names[names.duplicated()]:
         raise ValueError(f"{path}: has more than one column {name!r}: rename or drop one.")
+    others = {";": "--separator ';'", "\t": "--separator $'\\t'", "|": "--separator '|'"}
+    if len(names) == 1 and separator not in others:
+        for other, remedy in others.items():
+            if other in names.iloc[0]:
+                raise ValueError(f"{path}: has a single column, {names.iloc[0]!r}: add {remedy}.")
     return table
 
 
@@ -223,15 +243,23 @@ def _covariates(options: argparse.Namespace, table: "pd.DataFrame") -> list[str]
     if options.no_covariates:
         return []
     if options.covariates is None:
-        return [name for name in table.columns if name not in taken and not _is_unnamed(name)]
+        left_out = {*taken, *_named(options.exclude or [], "--exclude", table, taken)}
+        return [name for name in table.columns if name not in left_out and not _is_unnamed(name)]
+    return _named(options.covariates, "--covariates", table, taken)
+
+
+def _named(
+    words: list[str], option: str, table: "pd.DataFrame", taken: tuple[str, str]
+) -> list[str]:
+    """The columns that an option names, separated by commas or spaces."""
     names: list[str] = []
-    for word in options.covariates:
+    for word in words:
         # A comma may be part of a name.
         names += [word] if word in table.columns else filter(None, map(str.strip, word.split(",")))
     for name in names:
-        _check_column(table, name, "--covariates")
+        _check_column(table, name, option)
         if name in taken:
-            raise ValueError(f"--covariates {name!r}: is the treatment or the outcome already.")
+            raise ValueError(f"{option} {name!r}: is the treatment or the outcome already.")
     return list(dict.fromkeys(names))
 
 
@@ -264,6 +292,12 @@ def _effects(model: "DoPFNRegressor", X: "pd.DataFrame") -> "pd.DataFrame":
             quantiles = model.predict(X, arm, "quantiles", list(_QUANTILES.values()))
             effects[[f"cid{arm}_{name}" for name in _QUANTILES]] = quantiles
     return effects.round(digits)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file begins as those that this command writes."""
+    with path.open("rb") as file:
+        return file.read(len(_FIRST_NAMES)) == _FIRST_NAMES
 
 
 def _write(effects: "pd.DataFrame", output: Path) -> None:

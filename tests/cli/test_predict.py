@@ -63,6 +63,36 @@ def test_a_saved_index_is_no_covariate(run) -> None:
     assert printed.startswith("indexed.csv: 16 rows, 1 covariates (Unnamed: 0)\n")
 
 
+def test_columns_to_leave_out(run) -> None:
+    code, printed, _ = run("--exclude", "day,age", "dose, mg")
+    assert code == 0 and printed.startswith("trial.csv: 16 rows, 1 covariates (sex)\n")
+    assert (code, printed) == run("--covariates", "sex")[:2]
+
+
+def test_other_separators(run) -> None:
+    table = pd.read_csv("trial.csv").drop(columns="dose, mg")
+    expected = run("--exclude", "day", "dose, mg")[1]
+    for separator in (";", "\t"):
+        table.to_csv("other.csv", index=False, sep=separator)
+        code, printed, _ = run("--exclude", "day", "--separator", separator, data="other.csv")
+        assert code == 0
+        assert printed.replace("other", "trial") == expected
+        code, _, errors = run("--exclude", "day", data="other.csv")
+        assert code == 2 and f"add --separator {'$' * (separator != ';')}'" in errors
+
+
+def test_only_its_own_files_are_written_over(run, folder) -> None:
+    effects = folder / "trial_effects.csv"
+    assert run("--covariates", "age")[0] == 0
+    first = effects.read_bytes()
+    assert run("--covariates", "sex")[0] == 0 and effects.read_bytes() != first
+    effects.write_text("notes on effects")
+    code, _, errors = run("--covariates", "age")
+    assert code == 2 and "trial_effects.csv: holds something else" in errors
+    assert effects.read_text() == "notes on effects"
+    assert run("--covariates", "age", "--output", effects)[0] == 0
+
+
 def test_prints_the_effect_and_writes_a_row_for_each_row(run, checkpoint) -> None:
     code, printed, errors = run("--covariates", "age,sex", "dose, mg", "--alpha", "0.1")
     assert (code, errors) == (0, "")
@@ -169,6 +199,9 @@ def test_without_covariates_all_rows_have_the_same_effect(run, folder) -> None:
         (["--covariates", "age,size"], "--covariates 'size': no such column; the columns are"),
         (["--covariates", "drug"], "--covariates 'drug': is the treatment or the outcome already"),
         (["--covariates", "age", "--no-covariates"], "not allowed with argument"),
+        (["--exclude", "size"], "--exclude 'size': no such column; the columns are"),
+        (["--exclude", "weight"], "--exclude 'weight': is the treatment or the outcome already"),
+        (["--separator", "::"], "--separator '::': must be a single character"),
         (["--treatment", "drugs"], "--treatment 'drugs': no such column"),
         (["--outcome", "drug"], "'drug' cannot be both the treatment and the outcome"),
         (["--treatment", "age", "--no-covariates"], "treatment 'age' must hold 0 and 1"),
