@@ -21,14 +21,10 @@ from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from dopfn_jax.cells import Cells, Data, TableError, encode, listed, read_array, read_cells
-
-# Standardised cells are clipped here: far beyond any use, yet safe to square in float32.
-_FAR = 1e15
-# Numbers that differ by less than this share of the largest are equal but for rounding.
-_ROUNDING = 8 * float(np.finfo(np.float64).eps)
+from dopfn_jax.cells import Cells, Data, TableError, listed, read_array, read_cells
+from dopfn_jax.columns import Column, Scale, rounding
 
 
 class Table(NamedTuple):
@@ -43,92 +39,6 @@ class Table(NamedTuple):
     x: NDArray[np.float32]
     t: NDArray[np.float32]
     y: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Units of a column: value = loc + scale * standardised value."""
-
-    loc: float
-    scale: float
-
-    @classmethod
-    def fit(cls, values: NDArray[np.float64]) -> Self:
-        """Mean and standard deviation of what is not NaN; scale 1 if only rounding differs."""
-        present = values[~np.isnan(values)]
-        lowest, highest = (present.min(), present.max()) if present.size else (0.0, 0.0)
-        spread = highest - lowest
-        if spread <= rounding(present):
-            return cls(float(lowest), 1.0)
-        # In units of the spread, so that squares neither overflow nor vanish.
-        deviation = spread * ((present - lowest) / spread).std()
-        return cls(float(present.mean()), float(deviation))
-
-    def standardise(self, values: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Values in their own units -> standardised float32."""
-        offset = values - self.loc
-        offset[np.abs(offset) <= _ROUNDING * abs(self.loc)] = 0.0
-        return (offset / self.scale).clip(-_FAR, _FAR).astype(np.float32)
-
-    def restore(self, values: ArrayLike) -> NDArray[np.float64]:
-        """Standardised values -> float64 in the column's own units."""
-        return self.loc + self.scale * np.asarray(values, np.float64)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A covariate.
-
-    Attributes:
-        name: its name in the data frame, or its position in an array.
-        categories: what the codes 0, 1, ... stand for; None for a column of numbers.
-        scale: units of the numbers or codes.
-        indicators: the model reads a column of 0 and 1 for each category, not the codes.
-    """
-
-    name: str | int
-    categories: tuple[str, ...] | None
-    scale: Scale
-    indicators: bool = False
-
-    @property
-    def width(self) -> int:
-        """How many columns the model reads."""
-        return len(self.categories or ()) if self.indicators else 1
-
-    def encode(self, values: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Numbers or codes, NaN where missing -> what the model reads, (N, width)."""
-        if not self.indicators:
-            return self.scale.standardise(values)[:, None]
-        hot = (values[:, None] == np.arange(self.width)).astype(np.float32)
-        return np.where(np.isnan(values)[:, None], np.float32(np.nan), hot)
-
-    def decode(self, block: NDArray[np.float32]) -> NDArray[np.object_]:
-        """What the model reads, (N, width) -> categories or numbers; None where missing.
-
-        Numbers are rounded to what float32 keeps of the column, unless that makes two of them one.
-        """
-        cells = block[:, 0]
-        if self.indicators:
-            codes = np.where(np.isnan(cells), np.nan, block.argmax(axis=1))
-            cells = self.scale.standardise(codes)
-        distinct, index = np.unique(cells, return_inverse=True)
-        numbers = self.scale.restore(distinct).tolist()
-        present = [number for number in numbers if not math.isnan(number)]
-        labels: list[str | float]
-        if self.categories is None:
-            labels = present
-            fewest = 4 - math.floor(math.log10(self.scale.scale))
-            for digits in range(fewest, fewest + 4):
-                rounded = [round(number, digits) + 0.0 for number in present]  # no -0.0
-                if len(set(rounded)) == len(rounded):
-                    labels = rounded
-                    break
-        else:
-            labels = [self.categories[round(number)] for number in present]
-        values = np.full(len(distinct), None, object)
-        values[: len(labels)] = labels  # missing cells sort last
-        return values[index]
 
 
 @dataclass(frozen=True)
@@ -242,7 +152,7 @@ class Schema:
                 stacklevel=_level_outside(),
             )
         cells = [given[name] for name in (known if by_name else given)]
-        read = [_read_known_cells(*pair) for pair in zip(cells, self.columns, strict=True)]
+        read = [column.read(given) for column, given in zip(self.columns, cells, strict=True)]
         return _join(read, length)
 
     def decode(self, x: NDArray[np.float32], position: int) -> NDArray[np.object_]:
@@ -269,11 +179,6 @@ class Schema:
         )
         outcome = Scale(**values["outcome"])
         return cls(columns, values["named"], outcome, values["binary_outcome"])
-
-
-def rounding(values: ArrayLike) -> float:
-    """By how much values may differ that would be equal but for rounding; 0 for none."""
-    return _ROUNDING * float(np.max(np.abs(values), initial=0.0))
 
 
 def read_treatment(t: Data) -> NDArray[np.float32]:
@@ -457,19 +362,6 @@ def _expanded(
             stacklevel=_level_outside(),
         )
     return expanded
-
-
-def _read_known_cells(cells: Cells, column: Column) -> NDArray[np.float32]:
-    """What the model reads of a column that has been fitted, (M, width)."""
-    label = f"column {column.name!r}"
-    if column.categories is not None:
-        return column.encode(encode(cells, column.categories, label))
-    values, categories = read_cells(cells, label)
-    if categories is not None:
-        raise TableError(
-            f"{label} held numbers in the fitted table, but now holds {listed(categories)}."
-        )
-    return column.encode(values)
 
 
 def _join(cells: Sequence[NDArray[np.float32]], rows: int) -> NDArray[np.float32]:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dopfn_jax.cells import TableError
-from dopfn_jax.tables import Scale, Schema, read_treatment
+from dopfn_jax.columns import Scale
+from dopfn_jax.tables import Schema, read_treatment
 
 T = np.array([0, 1, 0, 1, 0, 1])
 Y = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 7.0])
