@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dopfn_jax.config import PriorConfig
-from dopfn_jax.scm import descendants, propagate, sample_noise
 from dopfn_jax.scm.case_studies import CASE_STUDIES
 from dopfn_jax.scm.mechanisms import MECHANISM_NAMES
-from dopfn_jax.scm.noise import NOISE_FAMILIES
-from dopfn_jax.scm.structure import SCM
+from dopfn_jax.scm.noise import NOISE_FAMILIES, sample_noise
+from dopfn_jax.scm.propagate import propagate
+from dopfn_jax.scm.structure import SCM, descendants
 
 # A valid task holds no larger value, so that sums of squares over its rows stay finite in float32.
 LARGEST_VALUE = 1e15
