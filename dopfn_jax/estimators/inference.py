@@ -32,7 +32,7 @@ CHUNK_ROWS = 2048
 # or fewer, so that attention scores, or keys and values, take at most so many floats (256 MB).
 CHUNK_FLOATS = 2**26
 
-# A few queries of a context that is kept are padded to this, or one row at most.
+# So few queries of a context that is kept are padded to this; up to twice as many, by one row.
 _FEW_QUERIES = 8
 
 # Ways to summarise a distribution.
