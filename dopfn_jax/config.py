@@ -372,12 +372,6 @@ class TrainingConfig:
         _require_at_least(self, 0, "seed", "warmup_steps", "validate_every", "weight_decay")
         _require_at_least(self, 0, "checkpoint_minutes", "effect_weight")
         _require_positive(self, "learning_rate", "clip_norm")
-        _require(
-            self.outcome_draws == 1 or not self.effect_weight,
-            "outcome_draws",
-            self.outcome_draws,
-            f"must be 1 where effect_weight is above 0, and it is {self.effect_weight}",
-        )
         for shape in self.shapes:
             _require(
                 not self.effect_weight or shape.rows - shape.context[0] > 1,

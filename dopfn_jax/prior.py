@@ -56,6 +56,7 @@ class Task:
         y0, y1: (M,) potential outcomes of the query rows under do(0) and do(1), or None.
         query_draws: (D, M) what else `query_y` might have been: the outcome's own noise drawn
             anew, unless a column tells of it; or None.
+        other_draws: (D, M) the same draws under the other treatment, or None.
     """
 
     context_x: jax.Array
@@ -71,6 +72,7 @@ class Task:
     y0: jax.Array | None = None
     y1: jax.Array | None = None
     query_draws: jax.Array | None = None
+    other_draws: jax.Array | None = None
 
 
 def sample_tasks(
@@ -347,4 +349,5 @@ def mask_degenerate(task: Task) -> Task:
         y0=None if task.y0 is None else keep(in_query, task.y0),
         y1=None if task.y1 is None else keep(in_query, task.y1),
         query_draws=None if task.query_draws is None else keep(in_query[None], task.query_draws),
+        other_draws=None if task.other_draws is None else keep(in_query[None], task.other_draws),
     )

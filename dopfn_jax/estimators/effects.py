@@ -15,17 +15,14 @@ from sklearn.utils.validation import check_is_fitted
 from dopfn_jax.cells import Data, TableError
 from dopfn_jax.estimators.diagnostics import estimate_overlap, least_propensity
 from dopfn_jax.estimators.fitting import InContextEstimator
-from dopfn_jax.tables import Schema, check_order, read_treatment
+from dopfn_jax.estimators.subgroups import By, group_rows, index_of
+from dopfn_jax.tables import check_order, read_treatment
 
-# Labels of subgroups: a column of the table, or one label per row (a mask, for example).
-By = str | int | Data
 # Which of the fitted rows an average is over: indices of a subgroup, an arm, or None for all.
 Part = NDArray[np.intp] | int | None
 
 # The standard error of an average over more rows than this is that over so many random ones.
 INTERVAL_ROWS = 1024
-# More subgroups than this are a number that has not been binned.
-_MOST_GROUPS = 50
 # Standard errors by which an arm's answers may miss its outcomes before `summary` says so.
 _MISSED_LEVEL = 2.5
 # Levels at which the bounds of an individual effect are looked for.
@@ -189,7 +186,7 @@ class EffectEstimator(InContextEstimator):
         groups = group_rows(by, x, self.schema_)
         effects = self._member_effects(x).mean(axis=0)
         averages = [effects[rows].mean() for rows in groups.values()]
-        return pd.Series(averages, index=_index(groups, by), name="ate", dtype=float)
+        return pd.Series(averages, index=index_of(groups, by), name="ate", dtype=float)
 
     @overload
     def ate_interval(
@@ -233,7 +230,7 @@ class EffectEstimator(InContextEstimator):
         least = self._least_errors(*(parts if X is None else [None] * len(parts)))
         errors = reach * self._errors_of_averages(x, parts, least)
         ends = {"lower": estimates - errors, "upper": estimates + errors}
-        return pd.DataFrame(ends, index=_index(groups, by))
+        return pd.DataFrame(ends, index=index_of(groups, by))
 
     def att(self) -> float:
         """Average effect in the treated: the mean of `cate` over the fitted rows with t = 1.
@@ -407,47 +404,9 @@ class EffectEstimator(InContextEstimator):
         return lower, upper
 
 
-def group_rows(by: By, x: NDArray[np.float32], schema: Schema) -> dict[object, NDArray[np.intp]]:
-    """Indices of the rows of each subgroup, in the order of the labels.
-
-    Raises:
-        TableError: an unknown column, labels of another length, too many subgroups, or no rows.
-    """
-    if isinstance(by, str | int):
-        known = [column.name for column in schema.columns]
-        # Names of data frames are kept as text.
-        name = str(by) if schema.named else by
-        if name not in known:
-            raise TableError(f"by is {by!r}, but the covariates are {known}; or pass labels.")
-        position = known.index(name)
-        labels = pd.Series(schema.decode(x, position)).infer_objects()
-    else:
-        if isinstance(by, pd.DataFrame) and by.shape[1] == 1:
-            by = by.iloc[:, 0]
-        if np.ndim(by) != 1:
-            raise TableError(f"by has shape {np.shape(by)}, but must hold one label per row.")
-        labels = pd.Series(by if isinstance(by, pd.Series | pd.Categorical) else np.asarray(by))
-    if len(labels) != len(x):
-        raise TableError(f"by has {len(labels)} labels, but there are {len(x)} rows.")
-    if not len(x):
-        raise TableError("X has no rows to average over.")
-    codes, distinct = pd.factorize(labels, sort=True, use_na_sentinel=False)
-    if len(distinct) > _MOST_GROUPS:
-        raise TableError(
-            f"by has {len(distinct)} different values, more than {_MOST_GROUPS} subgroups: bin "
-            "them, for example with pandas.cut(values, 5)."
-        )
-    return {label: np.flatnonzero(codes == code) for code, label in enumerate(distinct)}
-
-
 def _standard_error(values: NDArray[np.float64]) -> float:
     """Of the mean of independent values."""
     return float(values.std(ddof=1) / np.sqrt(len(values)))
-
-
-def _index(groups: dict[object, NDArray[np.intp]], by: By) -> pd.Index:
-    name = by if isinstance(by, str | int) else getattr(by, "name", None)
-    return pd.Index(list(groups), name=name)
 
 
 def _direction(T0: Data, T1: Data, rows: int) -> NDArray[np.float64]:

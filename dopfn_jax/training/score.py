@@ -35,19 +35,22 @@ def ask_both_arms(task: Task, rows: int) -> Task:
         raise ValueError("task.y0 is None: sample tasks with potential_outcomes=True")
 
     def twice(values: jax.Array, others: jax.Array) -> jax.Array:
-        return jnp.concatenate([values[:, -rows:], others[:, -rows:]], axis=1)
+        return jnp.concatenate([values[..., -rows:], others[..., -rows:]], axis=-1)
 
     other_t = jnp.where(task.query_mask, 1.0 - task.query_t, 0.0)
     other_y = jnp.where(other_t > 0.5, task.y1, task.y0)
     return dataclasses.replace(
         task,
-        query_x=twice(task.query_x, task.query_x),
+        query_x=jnp.concatenate([task.query_x[:, -rows:]] * 2, axis=1),
         query_t=twice(task.query_t, other_t),
         query_y=twice(task.query_y, other_y),
         query_mask=twice(task.query_mask, task.query_mask),
         y0=None,
         y1=None,
-        query_draws=None,
+        query_draws=None
+        if task.query_draws is None or task.other_draws is None
+        else twice(task.query_draws, task.other_draws),
+        other_draws=None,
     )
 
 
@@ -57,7 +60,7 @@ class Score:
 
     Attributes:
         log_likelihood: (B, M) of the targets; where rows have several draws, their mean.
-        error: (B, M) the mean less the target.
+        error: (B, M) the mean less the target, or less the mean of its draws.
         variance: (B, M) that the model predicts.
         weight: (B, M) 1, or 0 where the row or its task is masked.
     """
@@ -124,7 +127,7 @@ def score(model: DoPFN, task: Task) -> Score:
     limited = jnp.clip(targets, -TARGET_LIMIT, TARGET_LIMIT)
     return Score(
         log_likelihood=prediction.log_prob(limited).mean(axis=0),
-        error=prediction.mean - target,
+        error=prediction.mean - targets.mean(axis=0),
         variance=prediction.variance,
         weight=(task.query_mask & task.valid[:, None]).astype(jnp.float32),
     )

@@ -74,7 +74,7 @@ def sample_wide_task(
         context: closed interval from which the number of context rows is drawn uniformly; the
             others are queries.
         covariates: closed interval from which the number of shown columns is drawn log-uniformly.
-        potential_outcomes: also return y(0) and y(1) of the query rows.
+        potential_outcomes: also return y(0) and y(1) of the query rows, and `other_draws`.
         outcome_draws: outcomes per query row; all but `query_y` itself are in `query_draws`.
 
     Returns:
@@ -168,7 +168,7 @@ def sample_wide_task(
     for values in (y, *arms):
         sane &= (jnp.abs(values) < LARGEST_VALUE).all()
 
-    query_draws = None
+    query_draws = other_draws = None
     if outcome_draws > 1:
         anew = noise_scale[None, low:] * sample_noise(
             anew_key,
@@ -180,9 +180,12 @@ def sample_wide_task(
         # What hears the outcome tells of its noise.
         told = (~is_mediator & post_active).any()
         disturbances = jnp.where(told, disturbance[None, low:], anew)
-        query_signal = jnp.where(query_t > 0.5, signals[1], signals[0])
-        query_draws = outcome(query_signal[None], disturbances)
+        of_arms = [outcome(of_arm[None], disturbances) for of_arm in signals]
+        query_draws = jnp.where(query_t > 0.5, of_arms[1], of_arms[0])
         sane &= (jnp.abs(query_draws) < LARGEST_VALUE).all()
+        if potential_outcomes:
+            other_draws = jnp.where(query_t > 0.5, of_arms[0], of_arms[1])
+            sane &= (jnp.abs(other_draws) < LARGEST_VALUE).all()
 
     context_rows = low + jnp.floor(draws["context_rows"] * (high - low + 1)).astype(jnp.int32)
     return mask_degenerate(
@@ -200,6 +203,7 @@ def sample_wide_task(
             y0=arms[0] if potential_outcomes else None,
             y1=arms[1] if potential_outcomes else None,
             query_draws=query_draws,
+            other_draws=other_draws,
         )
     )
 

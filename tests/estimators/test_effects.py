@@ -9,7 +9,7 @@ import pytest
 from dopfn_jax.cells import TableError
 from dopfn_jax.columns import Scale
 from dopfn_jax.estimators import DoPFNRegressor
-from dopfn_jax.estimators.effects import group_rows
+from dopfn_jax.estimators.subgroups import group_rows
 from dopfn_jax.model.bar_distribution import BarDistribution
 from dopfn_jax.tables import Schema
 from tests.estimators.small import ROWS, assert_same, table

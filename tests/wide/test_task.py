@@ -197,6 +197,14 @@ def test_further_draws_have_the_outcomes_distribution_and_change_nothing_else():
     # 32 draws and `query_y` are 33 draws of the same: it ranks anywhere among them.
     rank = (draws < with_draws.query_y[:, None]).mean(axis=1)[rows]
     assert 0.45 < rank.mean() < 0.55 and 0.22 < (np.abs(rank - 0.5) > 0.375).mean() < 0.30
+    # Under the other treatment a draw has the same noise: it is moved as the outcome is.
+    other_y = np.where(with_draws.query_t > 0.5, with_draws.y0, with_draws.y1)
+    moved = np.broadcast_to((other_y - with_draws.query_y)[:, None], draws.shape)
+    additive = np.broadcast_to(rows[:, None], draws.shape)
+    np.testing.assert_allclose(
+        (with_draws.other_draws - draws)[additive], moved[additive], atol=1e-4
+    )
+    assert np.abs(moved[additive]).mean() > 0.05
     # Their noise is drawn for each row: no common part is left in a row's mean.
     noise = (with_draws.query_y - draws.mean(axis=1))[rows]
     other = (draws[:, 0] - draws.mean(axis=1))[rows]
