@@ -66,7 +66,9 @@ def read_cells(cells: Cells, label: str) -> tuple[NDArray[np.float64], tuple[str
     if dtype.kind == "c":
         raise TableError(f"{label} holds complex numbers: use real ones.")
     if isinstance(dtype, pd.CategoricalDtype):
-        return _read_categories(cells, list(dtype.categories), label)
+        # Levels of an order stay where they are; of others, those that no row has say nothing.
+        known = dtype if dtype.ordered else cells.cat.remove_unused_categories().dtype
+        return _read_categories(cells, list(known.categories), label)
     if dtype.kind in "biuf":
         values = cells.to_numpy(np.float64, na_value=np.nan)
         return _check_finite(values, label), None
@@ -132,6 +134,8 @@ def _as_number(value: Any, label: str) -> float:
     """A cell as a number; NaN for text that is none."""
     if isinstance(value, _DATES):
         raise _date_error(label, value)
+    if isinstance(value, str) and "_" in value:  # which Python's numbers may have: "10_14"
+        return math.nan
     if not isinstance(value, (str, numbers.Real, np.bool_, decimal.Decimal)):
         kind = type(value).__name__
         raise TableError(f"{label} holds a value of type {kind}: use numbers or text.")

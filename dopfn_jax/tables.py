@@ -74,7 +74,7 @@ class Schema:
             most: columns that the model takes; None for any number.
 
         Warns:
-            UserWarning: more than four unordered categories are read as codes.
+            UserWarning: unordered categories are read as codes.
 
         Returns:
             The schema, and the table in its terms.
@@ -312,7 +312,8 @@ def check_order(**parts: object) -> None:
         if same_labels and index.is_unique and not index.equals(expected):
             raise TableError(
                 f"{first} and {name} have the same index in another order, but rows are matched by "
-                f"position: pass {name}.loc[{first}.index]."
+                f"position: pass {name}.loc[{first}.index] if the labels say which rows belong "
+                f"together, or {name}.to_numpy() if they are side by side already."
             )
 
 
@@ -353,7 +354,7 @@ def _expanded(
         if count - 1 <= room:
             expanded.add(name)
             room -= count - 1
-    coded = [name for name in unordered if name not in expanded and unordered[name] > 4]
+    coded = [name for name in unordered if name not in expanded]
     if coded:
         warnings.warn(
             f"there is no room for an indicator of every category of {listed(coded)}: read as "

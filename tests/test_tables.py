@@ -77,6 +77,8 @@ class TestIndicators:
         assert table.x.shape == (6, 5)
         _, table = Schema.fit(X, T, Y, most=10)
         assert table.x.shape == (6, 10)
+        with pytest.warns(UserWarning, match="no room for an indicator .* of 'few'"):
+            Schema.fit(X[["few", "x"]], T, Y, most=3)
 
 
 class TestAccepted:
@@ -152,6 +154,24 @@ class TestAccepted:
         assert column.categories == ("S", "M", "L")
         np.testing.assert_allclose(codes, [0, 2, math.nan, 0, 0, 2], atol=1e-6)
         fit_column(pd.cut(np.arange(6), 3))
+
+    def test_categories_that_no_row_has_are_forgotten_where_there_is_no_order(self) -> None:
+        filtered = pd.Categorical(list("xzxzxz"), list("xyz"))
+        column, codes = fit_column(filtered)
+        assert column.categories == ("x", "z")
+        np.testing.assert_array_equal(codes, [0, 1] * 3)
+        schema, _ = fit(pd.DataFrame({"a": filtered}))
+        with pytest.raises(TableError, match="column 'a' holds 'y', unseen in the fitted table"):
+            schema.read_covariates(pd.DataFrame({"a": pd.Categorical(["y"], list("xyz"))}))
+        # Of a hundred there would be no room for indicators, of the three that are left there is.
+        many = pd.Categorical(["c1", "c2", "c3"] * 2, [f"c{i}" for i in range(100)])
+        schema, table = Schema.fit(pd.DataFrame({"a": many}), T, Y, most=64)
+        assert schema.columns[0].indicators and table.x.shape == (6, 3)
+
+    def test_text_with_underscores_is_no_number(self) -> None:
+        column, codes = fit_column(["5_9", "10_14", "5_9", "10_14", "15_19", "5_9"])
+        assert column.categories == ("10_14", "15_19", "5_9")
+        np.testing.assert_array_equal(codes, [2, 0, 2, 0, 1, 2])
 
     def test_categories_are_recognised_in_any_type(self) -> None:
         fitted = pd.DataFrame({"a": pd.Categorical([1, 2, 3, 1, 2, 3])})

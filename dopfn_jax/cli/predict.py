@@ -189,6 +189,8 @@ def _check_files(options: argparse.Namespace, output: Path) -> None:
             continue
         if path.exists() and path.samefile(options.data):
             raise ValueError(f"{option} {path}: is the input itself; choose another name.")
+        if path.is_dir():
+            raise ValueError(f"{option} {path}: is a folder; name a file in it.")
         if not path.parent.is_dir():
             raise ValueError(f"{option} {path}: there is no folder {path.parent}.")
     if options.output is None and output.exists() and not _is_ours(output):

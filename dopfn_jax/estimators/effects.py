@@ -69,7 +69,7 @@ class EffectEstimator(InContextEstimator):
         """
         check_order(X=X, T0=T0, T1=T1)
         x = self._read_rows(X)
-        direction = _direction(T0, T1, len(x))
+        direction = read_direction(T0, T1, len(x))
         # A row that is compared with itself or backwards needs no answer of its own.
         return direction * self._member_effects(x).mean(axis=0)
 
@@ -97,7 +97,7 @@ class EffectEstimator(InContextEstimator):
         reach = reach_of(alpha)
         check_order(X=X, T0=T0, T1=T1)
         x = self._read_rows(X)
-        direction = _direction(T0, T1, len(x))
+        direction = read_direction(T0, T1, len(x))
         estimate = direction * self._member_effects(x).mean(axis=0)
         effects, factor = self._resampled_effects(x)
         error = np.abs(direction) * np.sqrt(factor) * effects.std(axis=0, ddof=1)
@@ -409,7 +409,7 @@ def _standard_error(values: NDArray[np.float64]) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
-def _direction(T0: Data, T1: Data, rows: int) -> NDArray[np.float64]:
+def read_direction(T0: Data, T1: Data, rows: int) -> NDArray[np.float64]:
     """T1 - T0 of every row: 1, 0 or -1."""
     ends = []
     for name, values in (("T0", T0), ("T1", T1)):

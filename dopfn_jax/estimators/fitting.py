@@ -129,12 +129,7 @@ class InContextEstimator(BaseEstimator):
 
     def _load_checkpoint(self) -> Checkpoint:
         """Checks the settings, and loads the checkpoint."""
-        least = {"n_estimators": 1, "n_resamples": 2, "max_context": 2}
-        for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, but must be {lowest} or more."
-                )
+        self._require_settings(n_estimators=1, n_resamples=2, max_context=2)
         seed = self.random_state
         if seed is not None and not (isinstance(seed, int | np.integer) and seed >= 0):
             raise ValueError(
@@ -147,6 +142,13 @@ class InContextEstimator(BaseEstimator):
         if self.checkpoint in checkpoint_names():
             return _load_shipped(str(self.checkpoint))
         return from_pretrained(self.checkpoint)
+
+    def _require_settings(self, **least: int) -> None:
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but must be {lowest} or more."
+                )
 
     def _remember(self, checkpoint: Checkpoint, schema: Schema, table: Table, seed: int) -> Self:
         """Sets the fitted attributes.
@@ -290,6 +292,7 @@ class InContextEstimator(BaseEstimator):
             TableError: an arm of the fitted table has only one row.
         """
         self._require_two_rows_per_arm("an interval")
+        self._require_settings(n_resamples=2)  # which may have been set since `fit`
         rows = len(self.table_.t)
         share = min(0.5, context_share(rows, self.max_context))
         generator = np.random.default_rng(self.random_state)

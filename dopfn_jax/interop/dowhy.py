@@ -27,6 +27,8 @@ except ImportError:  # nothing but DoWhy has a use for the class
     CausalEstimator = object
 
 
+# A column that a table has while effects are averaged by modifiers.
+_EFFECTS = "__dopfn_jax_effects"
 # How an estimand may have been identified.
 _ADJUSTMENTS = ("backdoor", "general_adjustment")
 
@@ -114,8 +116,7 @@ class DoPFNEstimator(CausalEstimator):
         effects = self._effects(rows)
         by_modifiers = None
         if self.need_conditional_estimates:
-            # DoWhy adds columns of its own for a while.
-            by_modifiers = self._estimate_conditional_effects(rows.copy(), self._estimate_effect_fn)
+            by_modifiers = self._estimate_conditional_effects(rows, self._estimate_effect_fn)
         estimate = CausalEstimate(
             data=data,
             treatment_name=self._target_estimand.treatment_variable,
@@ -155,6 +156,24 @@ class DoPFNEstimator(CausalEstimator):
     def _effects(self, rows: pd.DataFrame) -> NDArray[np.float64]:
         X = rows[self._covariates]
         return self.model.effect(X, self._control_value, self._treatment_value)
+
+    def _estimate_conditional_effects(
+        self,
+        data: pd.DataFrame,
+        estimate_effect_fn: Callable[[pd.DataFrame], float],
+        effect_modifier_names: Sequence[str] | None = None,
+        num_quantiles: int | None = None,
+    ) -> pd.Series:
+        """DoWhy's hook: average effects by modifiers, of effects that the rows bring along.
+
+        The groups that DoWhy hands to `estimate_effect_fn` lack modifiers that are text.
+        """
+        return super()._estimate_conditional_effects(
+            data.assign(**{_EFFECTS: self._effects(data)}),
+            lambda group: float(group[_EFFECTS].mean()),
+            effect_modifier_names,
+            num_quantiles,
+        )
 
     def _estimate_effect_fn(self, data_df: pd.DataFrame) -> float:
         """DoWhy's hook: the average effect in a subgroup."""

@@ -15,6 +15,7 @@ from sklearn.base import BaseEstimator
 
 from dopfn_jax.cells import Data, TableError
 from dopfn_jax.estimators import DoPFNRegressor
+from dopfn_jax.estimators.effects import read_direction
 from dopfn_jax.tables import check_order
 
 
@@ -33,6 +34,9 @@ class DoPFNCateEstimator(BaseEstimator):
         model_: the fitted copy.
         X_: the fitted X.
         controls_: the columns of W; None without.
+
+    Of EconML's interface the `_inference` methods are absent, and intervals of marginal effects
+    but those of `const_marginal_effect`.
     """
 
     def __init__(self, model: DoPFNRegressor | None = None):
@@ -60,52 +64,76 @@ class DoPFNCateEstimator(BaseEstimator):
             raise TableError(f"fit cannot use {', '.join(sorted(unknown))}: leave it out.")
         check_order(X=X, W=W, T=T, Y=Y)
         model = DoPFNRegressor() if self.model is None else self.model
-        self.model_ = DoPFNRegressor(**model.get_params(deep=False)).fit(_beside(X, W), T, Y)
+        table = (X, T, Y) if W is None else (_beside(X, W), _unlabelled(T), _unlabelled(Y))
+        self.model_ = DoPFNRegressor(**model.get_params(deep=False)).fit(*table)
+        # EconML's interpreters look these up.
+        self._d_y, self._d_t = np.shape(Y)[1:], (1,)
         self.X_, self.controls_ = X, None if W is None else _frame(W).columns
         return self
 
     def effect(self, X: Data | None = None, *, T0: Data = 0, T1: Data = 1) -> NDArray[np.float64]:
         """E[y | do(T1), x] - E[y | do(T0), x] of every row, (M,)."""
-        return self.model_.effect(self._query(X), T0, T1)
+        return self.model_.effect(*self._query(X, T0, T1))
 
     def marginal_effect(self, T: Data, X: Data | None = None) -> NDArray[np.float64]:
         """`const_marginal_effect`: a binary treatment has one step to take."""
         return self.const_marginal_effect(X)
 
     def const_marginal_effect(self, X: Data | None = None) -> NDArray[np.float64]:
-        """The effect of treatment 1 against 0, (M, 1, 1): rows, outcomes, treatments."""
-        return self.effect(X).reshape(-1, 1, 1)
+        """The effect of treatment 1 against 0, (M, 1); (M, 1, 1) if Y was fitted as a column."""
+        return self.effect(X).reshape(-1, *self._d_y, *self._d_t)
 
     def const_marginal_effect_interval(
         self, X: Data | None = None, *, alpha: float = 0.05
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """`effect_interval` of treatment 1 against 0, (M, 1, 1) each."""
+        """`effect_interval` of treatment 1 against 0, shaped as `const_marginal_effect`."""
         low, high = self.effect_interval(X, alpha=alpha)
-        return low.reshape(-1, 1, 1), high.reshape(-1, 1, 1)
+        shape = (-1, *self._d_y, *self._d_t)
+        return low.reshape(shape), high.reshape(shape)
 
     def effect_interval(
         self, X: Data | None = None, *, T0: Data = 0, T1: Data = 1, alpha: float = 0.05
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """`DoPFNRegressor.effect_interval`."""
-        return self.model_.effect_interval(self._query(X), T0, T1, alpha=alpha)
+        return self.model_.effect_interval(*self._query(X, T0, T1), alpha=alpha)
 
     def ate(self, X: Data | None = None, *, T0: Data = 0, T1: Data = 1) -> float:
         """The mean of `effect` over the rows of X."""
         return float(self.effect(X, T0=T0, T1=T1).mean())
 
-    def ate_interval(self, X: Data | None = None, *, alpha: float = 0.05) -> tuple[float, float]:
-        """`DoPFNRegressor.ate_interval`, over the rows of X."""
-        return self.model_.ate_interval(self._query(X), alpha=alpha)
+    def ate_interval(
+        self, X: Data | None = None, *, T0: int = 0, T1: int = 1, alpha: float = 0.05
+    ) -> tuple[float, float]:
+        """`DoPFNRegressor.ate_interval`, over the rows of X; T0 and T1 are the same for all."""
+        if np.ndim(T0) or np.ndim(T1):
+            raise TableError("T0 and T1 must be single numbers: an average has one direction.")
+        low, high = self.model_.ate_interval(self._query(X)[0], alpha=alpha)
+        (direction,) = read_direction(T0, T1, 1)
+        low, high = np.sort(direction * np.array([low, high])).tolist()
+        return low, high
 
-    def _query(self, X: Data | None) -> Data | None:
-        """X beside controls that are missing; None, the fitted rows with theirs, stays None."""
+    def marginal_ate(self, T: Data, X: Data | None = None) -> NDArray[np.float64]:
+        """The mean of `marginal_effect` over the rows of X."""
+        return self.const_marginal_ate(X)
+
+    def const_marginal_ate(self, X: Data | None = None) -> NDArray[np.float64]:
+        """The mean of `const_marginal_effect` over the rows of X."""
+        return self.const_marginal_effect(X).mean(axis=0)
+
+    def _query(self, X: Data | None, *arms: Data) -> tuple[Any, ...]:
+        """X beside controls that are missing, and treatments.
+
+        None, the fitted rows with their own controls, stays None.
+        """
         if self.controls_ is None or X is None:
-            return X
+            return X, *arms
+        check_order(X=X, **dict(zip(("T0", "T1"), arms, strict=False)))
         if isinstance(self.X_, pd.DataFrame) and not isinstance(X, pd.DataFrame):
             # EconML's scorers pass arrays; the columns are matched by position.
             X = pd.DataFrame(np.asarray(X), columns=self.X_.columns)
         rows = range(np.shape(X)[0])
-        return _beside(X, pd.DataFrame(np.nan, index=rows, columns=self.controls_))
+        missing = pd.DataFrame(np.nan, index=rows, columns=self.controls_)
+        return _beside(X, missing), *map(_unlabelled, arms)
 
 
 def _beside(X: Data | None, W: Data | None) -> Data | None:
@@ -121,6 +149,12 @@ def _beside(X: Data | None, W: Data | None) -> Data | None:
     if len(modifiers) != len(controls):
         raise TableError(f"X has {len(modifiers)} rows, but W has {len(controls)}.")
     return pd.concat([part.reset_index(drop=True) for part in (modifiers, controls)], axis=1)
+
+
+def _unlabelled(values: Data) -> Data:
+    """Without the index, as the tables of `_beside` are; names of columns stay."""
+    labelled = isinstance(values, pd.DataFrame | pd.Series)
+    return values.reset_index(drop=True) if labelled else values
 
 
 def _frame(values: Data) -> pd.DataFrame:

@@ -72,7 +72,9 @@ class Noise:
         density = jnp.zeros_like(standard)
         for name in self.families:
             is_family = jnp.asarray(self.family) == NOISE_FAMILIES.index(name)
-            density = jnp.where(is_family, _LOG_DENSITIES[name](standard), density)
+            # Far out another family's density may be infinite, and its gradient no number.
+            own = jnp.where(is_family, standard, 0.0)
+            density = jnp.where(is_family, _LOG_DENSITIES[name](own), density)
         return density - jnp.log(self.scale)
 
 
@@ -98,6 +100,11 @@ def gumbel(loc: ArrayLike = 0.0, scale: ArrayLike | str = 1.0) -> Noise:
 
 def _noise(family: str, loc: ArrayLike, scale: ArrayLike | str) -> Noise:
     family_id = np.asarray(NOISE_FAMILIES.index(family), np.int32)
+    if isinstance(loc, str):
+        raise ValueError(
+            f"{family}: loc = {loc!r}, but noise has a number as mean: put the node into the "
+            f"mechanism, node(linear({{{loc!r}: 1.0}}), {family}(...))."
+        )
     if not isinstance(scale, str):
         _require_positive(family, "scale", scale)
         return Noise(family_id, as_leaf(loc), as_leaf(scale), (family,))
@@ -107,6 +114,15 @@ def _noise(family: str, loc: ArrayLike, scale: ArrayLike | str) -> Noise:
             "the mechanism, for example linear({}, bias=...), and leave loc at 0."
         )
     return Noise(family_id, as_leaf(0.0), as_leaf(1.0), (family,), scale)
+
+
+def _require_numbers(family: str, **values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, str):
+            remedy = "only the scale of normal, laplace, student_t and gumbel may name a node"
+            if family == "bernoulli":
+                remedy = "node(lambda p, noise: noise < p, uniform()) is 1 with the probability p"
+            raise ValueError(f"{family}: {name} = {value!r} must be a number; {remedy}.")
 
 
 def _require_positive(family: str, name: str, value: Any) -> None:
@@ -133,6 +149,7 @@ class HalfNormal:
 
 def half_normal(scale: ArrayLike = 1.0) -> HalfNormal:
     """|e| for e ~ Normal(0, scale): the usual prior of a standard deviation."""
+    _require_numbers("half_normal", scale=scale)
     _require_positive("half_normal", "scale", scale)
     return HalfNormal(as_leaf(scale))
 
@@ -156,6 +173,7 @@ class Uniform:
 
 def uniform(low: ArrayLike = 0.0, high: ArrayLike = 1.0) -> Uniform:
     """Uniform on [low, high)."""
+    _require_numbers("uniform", low=low, high=high)
     if not isinstance(low, jax.core.Tracer) and not isinstance(high, jax.core.Tracer):
         _require_positive("uniform", "high - low", np.asarray(high) - np.asarray(low))
     return Uniform(as_leaf(low), as_leaf(high))
@@ -180,6 +198,7 @@ class Bernoulli:
 
 def bernoulli(probability: ArrayLike = 0.5) -> Bernoulli:
     """1 with `probability`, else 0."""
+    _require_numbers("bernoulli", probability=probability)
     if not isinstance(probability, jax.core.Tracer):
         inside = (np.asarray(probability) >= 0) & (np.asarray(probability) <= 1)
         if not np.all(inside):

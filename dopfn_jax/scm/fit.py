@@ -77,9 +77,12 @@ def fit(
             if name in priors:
                 prior = priors[name].expand(shape).to_event(len(shape))
                 noise = numpyro.sample(f"{name} (noise)", prior)
-            values[name] = node.transform(node.natural(values, noise))
+            natural = node.natural(values, noise)
+            values[name] = node.transform(natural)
             if name in priors:
-                numpyro.deterministic(name, jnp.broadcast_to(values[name], shape))
+                # Of rows as data would be; a parameter is set for good.
+                found = natural if node.per_row else values[name]
+                numpyro.deterministic(name, jnp.broadcast_to(found, shape))
 
     if method == "map":
         return Posterior(scm, _mode(model, unknown, key))

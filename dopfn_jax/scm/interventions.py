@@ -86,7 +86,10 @@ def _check_argument(scm: SCM, name: str, function: Callable[..., Any]) -> None:
     arguments = function.parents if isinstance(function, (Linear, Binary)) else ()
     if not arguments:
         with contextlib.suppress(TypeError, ValueError):  # built-ins have no signature
-            arguments = tuple(inspect.signature(function).parameters)[:1]
+            first = next(iter(inspect.signature(function).parameters.values()), None)
+            # Names that cannot be given, as in jnp.abs(x, /), are not the user's.
+            if first is not None and first.kind is not first.POSITIONAL_ONLY:
+                arguments = (first.name,)
     for other in arguments:
         if other != name and other in scm.nodes:
             raise SCMError(

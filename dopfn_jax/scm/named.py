@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dopfn_jax.scm.distributions import Distribution
-from dopfn_jax.scm.nodes import Constant, Node
+from dopfn_jax.scm.nodes import Constant, Node, names_noise
 from dopfn_jax.scm.nodes import node as make_node
 
 if TYPE_CHECKING:
@@ -265,6 +265,11 @@ def _as_node(name: Any, value: Any) -> Node:
 def _validated(nodes: dict[str, Node]) -> dict[str, Node]:
     """The nodes in topological order, each marked as varying over rows or not."""
     for name, child in nodes.items():
+        if "noise" in nodes and names_noise(child.mechanism):
+            raise SCMError(
+                f"node {name!r}: its mechanism's argument `noise` is the node's own noise, but "
+                "there is a node 'noise', too: rename that one."
+            )
         for parent in child.inputs:
             if parent not in nodes:
                 hint = _did_you_mean(parent, nodes)
@@ -278,9 +283,12 @@ def _validated(nodes: dict[str, Node]) -> dict[str, Node]:
                 f"parameter {name!r} depends on {varying[0]!r}, which varies over rows: make it a "
                 "node(...), or depend on parameters only."
             )
-        child = child.replace(per_row=child.per_row and bool(varying or child.is_random))
+        # What an intervention has set for every row may be a single number.
+        varies = bool(varying or child.is_random or child.intervened)
+        child = child.replace(per_row=child.per_row and varies)
         ordered[name] = child
-        _check_shape(name, child, ordered)
+        if not isinstance(child.mechanism, Constant):
+            _check_shape(name, child, ordered)
     return ordered
 
 

@@ -86,19 +86,19 @@ class Node:
         """What noise is added to."""
         if self.mechanism is None:
             return jnp.zeros(())
-        return jnp.asarray(self.mechanism(*(values[name] for name in self.parents)))
+        return _as_float(self.mechanism(*(values[name] for name in self.parents)))
 
     def natural(self, values: Values, noise: jax.Array | None) -> jax.Array:
         """The value from before any function intervention, given all `inputs` and the noise."""
         if self.takes_noise:
-            return jnp.asarray(self.mechanism(*(values[name] for name in self.parents), noise))
+            return _as_float(self.mechanism(*(values[name] for name in self.parents), noise))
         location = self.location(values)
         return location if noise is None else location + self._scale(values) * noise
 
     def transform(self, value: jax.Array) -> jax.Array:
         """The value that children see, from the natural one."""
         for function in self.transforms:
-            value = jnp.asarray(function(value))
+            value = _as_float(function(value))
         return value
 
     def recover(self, values: Values, value: jax.Array) -> jax.Array:
@@ -124,6 +124,12 @@ class Node:
 
     def _scale(self, values: Values) -> jax.Array:
         return values[self.scale_parent] if self.scale_parent else jnp.ones(())
+
+
+def _as_float(value: ArrayLike) -> jax.Array:
+    """Comparisons as 0 and 1, and whole numbers, as data of the same node would be."""
+    array = jnp.asarray(value)
+    return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
 
 
 def _log_mass(noise: Distribution, value: jax.Array) -> jax.Array:
@@ -205,6 +211,14 @@ def as_pytree(function: Callable[..., Any]) -> Any:
     return Partial(function) if jax.tree_util.all_leaves([function]) else function
 
 
+def names_noise(mechanism: Callable[..., Any] | None) -> bool:
+    """Whether the last argument is called `noise`, and so given the node's own."""
+    try:
+        return list(inspect.signature(mechanism).parameters)[-1:] == ["noise"]  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # none, or without a signature
+        return False
+
+
 def _signature(
     mechanism: Callable[..., Any] | None, parents: tuple[str, ...] | list[str] | None
 ) -> tuple[tuple[str, ...], bool]:
@@ -227,7 +241,7 @@ def _signature(
         a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD) and a.default is a.empty
         for a in arguments
     )
-    takes_noise = bool(arguments) and arguments[-1].name == "noise"
+    takes_noise = names_noise(mechanism)
     if parents is not None:
         return tuple(parents), takes_noise
     if not arguments or not positional:

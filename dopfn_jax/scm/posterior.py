@@ -30,8 +30,8 @@ class Posterior:
 
     Attributes:
         scm: the observed SCM that was fitted.
-        draws: {node: (C, S) for a parameter, (C, S, R) for a node without data}. One chain of one
-            draw for `method="map"`.
+        draws: {node: (C, S) for a parameter, (C, S, R) for a node without data; where `do` has put
+            a function on it, its natural value}. One chain of one draw for `method="map"`.
         statistics: {name: (C, S)} of the sampler, such as "diverging"; empty for `method="map"`.
     """
 

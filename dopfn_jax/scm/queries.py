@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from dopfn_jax.scm.distributions import Noise
+from dopfn_jax.scm.distributions import Empirical, Noise
 from dopfn_jax.scm.forward import draw_noise, propagate_named
 from dopfn_jax.scm.interventions import Intervention, do, observe
 from dopfn_jax.scm.mechanisms import MECHANISM_NAMES
@@ -179,6 +179,11 @@ def _check_question(
         node = scm.nodes[name]
         if not node.per_row:
             raise SCMError(f"{name!r} is a parameter: set it by do instead.")
+        if node.inputs and isinstance(node.noise, Empirical):
+            raise SCMError(
+                f"covariate {name!r}: its noise resamples observed residuals, which have no "
+                "density: leave it out, or use interventional()."
+            )
         if not (node.is_recoverable or node.is_discrete):
             raise SCMError(
                 f"covariate {name!r}: its density given its value is not known. Leave it out, or "
@@ -221,7 +226,8 @@ def _weighted(
         observed = jnp.broadcast_to(covariates[name], (samples,))
         if node.is_recoverable:
             noise[name] = jnp.broadcast_to(node.recover(values, observed), (samples,))
-            log_weight = log_weight + node.log_density(values, observed)
+            if not isinstance(node.noise, Empirical):  # of a root: the same for all draws
+                log_weight = log_weight + node.log_density(values, observed)
         else:
             drawn = node.transform(node.natural(values, noise[name]))
             log_weight = log_weight + jnp.where(drawn == observed, 0.0, -jnp.inf)
@@ -296,8 +302,8 @@ def _exact(
 ) -> jax.Array:
     """Mean of the outcome given jointly Gaussian covariates, from Jacobians in the noise."""
     random = [name for name, node in scm.nodes.items() if node.is_random and node.per_row]
-    scales = jnp.stack([jnp.asarray(getattr(scm.nodes[n].noise, "scale", 1.0)) for n in random])
-    means = jnp.stack([jnp.asarray(getattr(scm.nodes[n].noise, "loc", 0.0)) for n in random])
+    scales = jnp.array([getattr(scm.nodes[n].noise, "scale", 1.0) for n in random])
+    means = jnp.array([getattr(scm.nodes[n].noise, "loc", 0.0) for n in random])
 
     def linear_part(model: SCM, outputs: list[str]) -> tuple[jax.Array, jax.Array]:
         def values(standard: jax.Array) -> jax.Array:

@@ -108,7 +108,13 @@ def interventional(
     scm.require(rows)
     if not rows:
         raise SCMError("interventional: give the rows of at least one node; for none, use sample.")
-    size = np.shape(next(iter(rows.values())))[0]
+    lengths = [np.shape(v)[0] for n, v in rows.items() if scm.nodes[n].per_row and np.ndim(v)]
+    if not lengths:
+        raise SCMError(
+            f"interventional: {', '.join(rows)} hold no rows: give (R,) values of at least one "
+            "node that varies over rows; for none, use sample."
+        )
+    size = lengths[0]
 
     def repeated(value: Any) -> Any:
         return (

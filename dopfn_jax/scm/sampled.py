@@ -11,7 +11,7 @@ from dopfn_jax.scm import structure
 from dopfn_jax.scm.case_studies import CASE_STUDIES
 from dopfn_jax.scm.distributions import Noise
 from dopfn_jax.scm.named import SCM, SCMError
-from dopfn_jax.scm.nodes import Binary, Linear, Node
+from dopfn_jax.scm.nodes import Argument, Binary, Linear, Node
 from dopfn_jax.scm.noise import NOISE_FAMILIES, sample_noise
 from dopfn_jax.scm.propagate import propagate
 
@@ -164,8 +164,8 @@ def _array_parts(name: str, node: Node) -> tuple[Linear, Noise, Any]:
         reason = "is set by do; give the intervention to `propagate` instead"
     elif not isinstance(mechanism, Linear):
         reason = "has a mechanism other than linear(...)"
-    elif len(mechanism.weights) != len(mechanism.parents) or not node.per_row:
-        reason = "is, or depends on, a parameter"
+    elif not node.per_row or any(isinstance(w, Argument) for w in mechanism.weights):
+        reason = "is a parameter, or has a coefficient that is another node"
     elif not _is_zero(mechanism.bias):
         reason = "has a bias"
     elif not isinstance(node.noise, Noise) or node.scale_parent or not _is_zero(node.noise.loc):

@@ -210,6 +210,7 @@ def test_without_covariates_all_rows_have_the_same_effect(run, folder) -> None:
         (["--alpha", "much"], "argument --alpha: invalid float value"),
         (["--output", "trial.csv"], "--output trial.csv: is the input itself"),
         (["--output", "nowhere/out.csv"], "there is no folder nowhere"),
+        (["--output", "."], "--output .: is a folder"),
         (["--checkpoint", "nowhere"], "checkpoint 'nowhere'"),
         (["--covariate", "age"], "unrecognized arguments"),
         (["--plot", "trial.csv"], "--plot trial.csv: is the input itself"),

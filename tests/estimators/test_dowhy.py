@@ -64,6 +64,16 @@ def test_gives_the_regressors_answers(ask, direct: DoPFNRegressor, data: pd.Data
     assert isinstance(estimate.estimator, DoPFNEstimator)
 
 
+def test_modifiers_may_be_text(data: pd.DataFrame, checkpoint) -> None:
+    roles = {"treatment": "drug", "outcome": "weight", "common_causes": ["age"]}
+    model = CausalModel(data, **roles, effect_modifiers=["site"])
+    params = {"init_params": {"checkpoint": checkpoint}}
+    estimate = model.estimate_effect(model.identify_effect(), NAME, method_params=params)
+    direct = DoPFNRegressor(checkpoint).fit(data[["age", "site"]], data["drug"], data["weight"])
+    by_site = estimate.conditional_estimates
+    np.testing.assert_allclose(by_site, direct.ate(by="site")[by_site.index], rtol=1e-4)
+
+
 def test_units_and_directions(ask, direct: DoPFNRegressor, data: pd.DataFrame) -> None:
     assert ask(target_units="att").value == pytest.approx(direct.att(), rel=1e-4)
     assert ask(target_units="atc").value == pytest.approx(direct.atc(), rel=1e-4)

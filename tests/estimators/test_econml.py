@@ -25,13 +25,22 @@ def test_speaks_the_vocabulary_of_econml(checkpoint, table) -> None:
     effects = DoPFNRegressor(checkpoint).fit(x, t, y).cate(x)
     np.testing.assert_array_equal(estimator.effect(x), effects)
     np.testing.assert_array_equal(estimator.effect(x, T0=1, T1=0), -effects)
-    assert estimator.const_marginal_effect(x).shape == (ROWS, 1, 1)
+    # As of TLearner, LinearDML and others.
+    assert estimator.const_marginal_effect(x).shape == (ROWS, 1)
+    assert estimator.const_marginal_ate(x) == pytest.approx([effects.mean()])
+    column = clone(estimator).fit(y[:, None], t, X=x)
+    assert column.const_marginal_effect(x).shape == (ROWS, 1, 1)
     assert estimator.ate(x) == pytest.approx(effects.mean())
     low, high = estimator.effect_interval(x, alpha=0.1)
     assert (low < effects).all() and (effects < high).all()
     assert estimator.ate_interval(x, alpha=0.1) == estimator.model_.ate_interval(x, alpha=0.1)
     ends = estimator.const_marginal_effect_interval(x, alpha=0.1)
-    np.testing.assert_array_equal(ends, np.reshape([low, high], (2, ROWS, 1, 1)))
+    np.testing.assert_array_equal(ends, np.reshape([low, high], (2, ROWS, 1)))
+    low, high = estimator.ate_interval(x)
+    assert estimator.ate_interval(x, T0=0, T1=1) == (low, high)
+    assert estimator.ate_interval(x, T0=1, T1=0) == (-high, -low)
+    with pytest.raises(TableError, match="T0 and T1 must be single numbers"):
+        estimator.ate_interval(x, T0=t, T1=1)
 
 
 def test_controls_are_covariates_that_queries_lack(checkpoint, table) -> None:
@@ -64,6 +73,18 @@ def test_controls_may_be_frames_vectors_or_alone(checkpoint, table) -> None:
         clone(estimator).fit(y, treatment, X=X.assign(drug=treatment), W=W)
     np.testing.assert_allclose(estimator.effect(X[:5]), expected[:5], rtol=1e-5)
 
+    order = np.random.default_rng(0).permutation(ROWS)
+    shuffled = clone(estimator).fit(
+        pd.Series(y, index=rows).iloc[order],
+        treatment.iloc[order],
+        X=X.iloc[order],
+        W=W.iloc[order],
+    )
+    asked = {"T0": pd.Series(0, index=rows).iloc[order], "T1": pd.Series(1, index=rows).iloc[order]}
+    np.testing.assert_allclose(shuffled.effect(X.iloc[order], **asked), expected[order], rtol=1e-4)
+    with pytest.raises(TableError, match="X and T0 have the same index in another order"):
+        shuffled.effect(X, T0=asked["T0"])
+
     estimator.fit(y, t, X=x[:, :1], W=x[:, 1])
     expected = DoPFNRegressor(checkpoint).fit(x[:, :2], t, y).cate(x[:, :2] * [1, np.nan])
     np.testing.assert_allclose(estimator.effect(x[:, :1]), expected, rtol=1e-5)
@@ -85,6 +106,7 @@ def test_arrays_are_matched_with_named_columns_by_position(checkpoint, table) ->
 def test_scorers_of_econml_take_it(checkpoint, table) -> None:
     pytest.importorskip("econml")
     from econml.cate_interpreter import SingleTreePolicyInterpreter
+    from econml.metalearners import TLearner
     from econml.score import EnsembleCateEstimator, RScorer
     from econml.validate import DRTester
 
@@ -98,6 +120,10 @@ def test_scorers_of_econml_take_it(checkpoint, table) -> None:
     assert scorer.score(estimator) == pytest.approx(1 - loss / scorer.base_score_)
     ensemble = EnsembleCateEstimator(cate_models=[estimator], weights=np.ones(1))
     np.testing.assert_allclose(ensemble.effect(x), estimator.effect(x))
+    learner = TLearner(models=LinearRegression()).fit(y, t, X=x)
+    both = EnsembleCateEstimator(cate_models=[estimator, learner], weights=np.ones(2) / 2)
+    expected = (estimator.effect(x) + learner.effect(x)) / 2
+    np.testing.assert_allclose(both.const_marginal_effect(x)[:, 0], expected)
 
     policy = SingleTreePolicyInterpreter(risk_level=0.1, max_depth=1).interpret(estimator, x)
     assert set(policy.treat(x)) <= {0, 1}

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import math
 
@@ -100,11 +101,16 @@ class TestVocabulary:
             fitted.effect(T1=[0, 1])
         with pytest.raises(TableError, match="T0: treatment t must hold 0 and 1"):
             fitted.effect(T0=2)
+        resampled_once = copy.copy(fitted).set_params(n_resamples=1)
+        with pytest.raises(ValueError, match="n_resamples is 1, but must be 2 or more"):
+            resampled_once.ate_interval()
 
     def test_labels_in_another_order_are_refused(self, fitted) -> None:
         X, _, _ = table()
         old = (X["age"] > 0).iloc[::-1]
         with pytest.raises(TableError, match=r"X and by have .* pass by\.loc\[X\.index\]"):
+            fitted.ate(X, by=old)
+        with pytest.raises(TableError, match=r"or by\.to_numpy\(\) if they are side by side"):
             fitted.ate(X, by=old)
         with pytest.raises(TableError, match="X and by have the same index in another order"):
             fitted.ate_interval(X, by=old)

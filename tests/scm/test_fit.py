@@ -181,6 +181,24 @@ def test_data_that_a_function_changes_are_fitted_as_they_were() -> None:
     np.testing.assert_allclose(posterior.predictive(KEY)["b"], 6.0)
 
 
+def test_a_function_on_a_node_without_data_is_applied_once() -> None:
+    pytest.importorskip("numpyro")
+    scm = SCM(
+        {
+            "a": normal(),
+            "m": node(linear({"a": 1.0}), normal()),
+            "y": node(linear({"m": 1.0}), normal(scale=0.01)),
+        }
+    )
+    changed = do(scm, {"m": lambda m: 2 * m})
+    data = {"a": np.zeros(3), "y": np.array([-2.0, 0.5, 6.0])}
+    posterior = fit(changed, data, KEY, method="map")
+    np.testing.assert_allclose(posterior.mean()["m"], data["y"] / 2, atol=0.01)
+    again = posterior.predictive(KEY, redraw="y")
+    np.testing.assert_allclose(again["m"][0, 0], data["y"], atol=0.02)
+    np.testing.assert_allclose(again["y"][0, 0], data["y"], atol=0.06)
+
+
 @pytest.mark.parametrize(
     ("scm", "data", "message"),
     [

@@ -161,6 +161,11 @@ def test_a_new_mechanism_is_no_function_of_the_natural_value(function) -> None:
         do(confounded(), {"t": function})
 
 
+def test_functions_whose_argument_cannot_be_named_are_no_new_mechanisms() -> None:
+    scm = SCM({"x": normal(), "b": node(linear({"x": 1.0}), normal())})
+    assert sample(do(scm, {"b": jnp.abs}), KEY, 20)["b"].min() >= 0.0
+
+
 def test_sampling_forward_against_data_is_refused() -> None:
     scm = observe(confounded(), {"y": [1.0, 2.0]})
     with pytest.raises(SCMError, match="'y' is observed and tells about 'm'"):

@@ -129,6 +129,10 @@ def test_a_numpyro_distribution_is_noise() -> None:
         ({"y": normal(scale="sigma")}, "'y': unknown parent 'sigma'"),
         ({"p": parameter(normal([0.0, 1.0, 2.0]))}, r"'p': its distribution draws \(3,\)"),
         ({"a": normal([0.0, 1.0, 2.0])}, "'a': its distribution cannot be drawn"),
+        (
+            {"noise": normal(60, 5), "y": node(lambda noise: noise, normal())},
+            "'y': its mechanism's argument `noise` is the node's own noise",
+        ),
     ],
 )
 def test_an_impossible_scm_is_refused_by_name(nodes, message) -> None:
@@ -151,6 +155,10 @@ def test_an_impossible_scm_is_refused_by_name(nodes, message) -> None:
         (lambda: linear({"a": [1.0, 2.0]}), "one number or the name"),
         (lambda: bernoulli(1.5), r"must lie in \[0, 1\]"),
         (lambda: uniform(1.0, 1.0), "must be positive"),
+        (lambda: normal("mu", 1.0), r"node\(linear\(\{'mu': 1.0\}\), gaussian"),
+        (lambda: uniform("low", 1.0), "uniform: low = 'low' must be a number"),
+        (lambda: half_normal("tau"), "half_normal: scale = 'tau' must be a number"),
+        (lambda: bernoulli("p"), r"'p' must be a number; node\(lambda p, noise: noise < p"),
     ],
 )
 def test_an_impossible_node_is_refused(build, message) -> None:
@@ -183,6 +191,51 @@ def test_parameters_are_nodes_of_one_value() -> None:
     }  # fmt: skip
     assert scm.parameters == ("mu", "tau", "slope", "double")
     assert scm.unknown_parameters == ("mu", "tau", "slope")
+
+
+def test_booleans_and_whole_numbers_are_values_like_any_other() -> None:
+    scm = SCM(
+        {
+            "smokes": node(lambda noise: noise < 0.5, uniform()),
+            "drinks": node(lambda noise: noise < 0.5, uniform()),
+            "risk": lambda smokes, drinks: smokes + drinks,
+            "less": lambda smokes: -smokes,
+            "level": node(lambda risk: jnp.round(risk).astype(int), normal()),
+        }
+    )
+    rows = sample(scm, jax.random.key(0), 2_000)
+    assert {value.dtype for value in rows.values()} == {jnp.dtype("float32")}
+    np.testing.assert_array_equal(rows["risk"], rows["smokes"] + rows["drinks"])
+    assert rows["risk"].mean() == pytest.approx(1.0, abs=0.05)
+    np.testing.assert_array_equal(rows["less"], -rows["smokes"])
+    observed = observe(scm, {name: rows[name] for name in ("smokes", "drinks")})
+    again = sample(observed, jax.random.key(1), outputs="risk")["risk"]
+    np.testing.assert_array_equal(again, rows["risk"])
+    doubled = do(scm, {"smokes": lambda smokes: smokes > 2})
+    assert sample(doubled, jax.random.key(0), 20)["smokes"].max() == 0.0
+
+
+def test_nodes_that_do_has_set_may_be_built_upon() -> None:
+    for value in (3.0, np.arange(5.0)):
+        changed = do(chain(), {"b": value})
+        scm = SCM({**changed.nodes, "z": node(linear({"b": 1.0}))})
+        assert scm.parameters == ()
+        rows = sample(scm, jax.random.key(0), 5)
+        np.testing.assert_allclose(rows["z"], np.broadcast_to(value, 5))
+        np.testing.assert_array_equal(rows["c"], sample(changed, jax.random.key(0), 5)["c"])
+        again = sample(do(scm, {"b": np.ones(5)}), jax.random.key(0))
+        np.testing.assert_allclose(again["z"], 1.0)
+
+
+def test_densities_far_out_have_gradients() -> None:
+    """Of a family that is not a number of its own: the others must not spoil it."""
+    for family in range(4):
+        noise = normal(scale=0.02).replace(
+            family=np.int32(family), families=("gaussian", "laplace", "student_t", "gumbel")
+        )
+        if family < 3:  # to the left the Gumbel's own density ends
+            assert np.isfinite(jax.grad(noise.log_prob)(-2.0))
+        assert np.isfinite(jax.grad(noise.log_prob)(2.0))
 
 
 def test_a_scale_in_a_node_scales_the_noise() -> None:
@@ -279,6 +332,10 @@ def test_array_form_round_trip_propagates_alike() -> None:
         ({"a": normal(), "b": node(lambda a: a, normal())}, "'b' has a mechanism other"),
         ({"a": normal(), "b": node(linear({"a": 1}, bias=1.0), normal())}, "'b' has a bias"),
         ({"w": parameter(normal()), "a": node(linear({}, bias="w"), normal())}, "'w' is"),
+        (
+            {"a": normal(), "b": normal(), "c": node(linear({"a": "b", "b": 1.0}), normal())},
+            "'c' .* has a coefficient that is another node",
+        ),
     ],
 )
 def test_what_arrays_cannot_hold_is_refused(nodes, message) -> None:

@@ -13,6 +13,7 @@ from dopfn_jax.scm import (
     binary,
     d_separated,
     do,
+    fit_mechanisms,
     is_backdoor_set,
     is_frontdoor_set,
     linear,
@@ -23,6 +24,7 @@ from dopfn_jax.scm import (
     true_ate,
     true_cate,
     true_cid,
+    uniform,
 )
 
 KEY = jax.random.key(0)
@@ -145,6 +147,33 @@ def test_cid_of_a_sampled_scm_matches_its_potential_outcomes_on_average() -> Non
     residual = np.asarray(y1 - estimate.value)
     assert abs(residual.mean()) < 4 * residual.std() / np.sqrt(32)
     assert residual.std() < np.asarray(y1).std()
+
+
+def test_effects_on_an_outcome_that_is_true_or_false() -> None:
+    scm = SCM(
+        {
+            "x": normal(),
+            "t": bernoulli(),
+            "y": node(lambda x, t, noise: noise < jax.nn.sigmoid(x + t), uniform()),
+        }
+    )
+    effect = true_cate(scm, {"x": [0.0, 1.0]}, "t", "y", KEY)
+    expected = jax.nn.sigmoid(jnp.array([1.0, 2.0])) - jax.nn.sigmoid(jnp.array([0.0, 1.0]))
+    np.testing.assert_allclose(effect.value, expected, atol=0.03)
+
+
+def test_effects_of_a_fitted_scm_given_roots() -> None:
+    data = sample(hidden_confounder(), KEY, 200)
+    scm = fit_mechanisms({"t": ["u"], "y": ["u", "t"], "x": ["u"]}, data)
+    effect = true_cate(scm, {"u": data["u"][:3]}, "t", "y", KEY, samples=2_000)
+    np.testing.assert_allclose(effect.value, 2.0, atol=0.05)
+    with pytest.raises(SCMError, match=r"covariate 'x': .* use interventional\(\)"):
+        true_cate(scm, {"x": data["x"][:3]}, "t", "y", KEY)
+
+
+def test_a_question_without_anything_random() -> None:
+    scm = SCM({"t": node(lambda b: b), "b": parameter(normal()), "y": node(lambda t: 2 * t)})
+    assert true_ate(do(scm, {"b": 1.0}), "y", "y", KEY).value == 1.0
 
 
 @pytest.mark.parametrize(

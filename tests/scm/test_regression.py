@@ -115,6 +115,23 @@ def test_nonsense_is_refused_by_name(arguments, message) -> None:
         fit_mechanisms(*arguments)
 
 
+def test_rows_may_hold_parameters() -> None:
+    scm = SCM(
+        {
+            "slope": parameter(normal()),
+            "a": normal(),
+            "y": node(linear({"a": "slope"}), normal()),
+        }
+    )
+    known = do(scm, {"slope": 0.7})
+    rows = sample(known, KEY, 5)
+    assert next(iter(rows)) == "slope"
+    means = interventional(known, rows, {"y": 0.0}, KEY)
+    np.testing.assert_allclose(means["a"], rows["a"], rtol=1e-5)
+    with pytest.raises(SCMError, match="interventional: a hold no rows"):
+        interventional(known, {"a": 50.0}, {"y": 0.0}, KEY)
+
+
 def test_a_mean_over_an_unknown_parameter_is_refused() -> None:
     scm = SCM(
         {
