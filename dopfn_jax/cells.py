@@ -67,7 +67,7 @@ def read_cells(cells: Cells, label: str) -> tuple[NDArray[np.float64], tuple[str
         raise TableError(f"{label} holds complex numbers: use real ones.")
     if isinstance(dtype, pd.CategoricalDtype):
         # Levels of an order stay where they are; of others, those that no row has say nothing.
-        known = dtype if dtype.ordered else cells.cat.remove_unused_categories().dtype
+        known = cells.cat if dtype.ordered else cells.cat.remove_unused_categories().cat
         return _read_categories(cells, list(known.categories), label)
     if dtype.kind in "biuf":
         values = cells.to_numpy(np.float64, na_value=np.nan)

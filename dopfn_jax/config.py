@@ -48,7 +48,7 @@ def _require_known(name: str, values: Sequence[str], known: Sequence[str]) -> No
 def _require_at_least(config: object, least: int, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value >= least, name, value, f"must be {least} or more")
+        _require(least <= value < math.inf, name, value, f"must be {least} or more, and finite")
 
 
 def _require_positive(config: object, *names: str) -> None:
@@ -370,6 +370,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "steps", "accumulate", "log_every", "outcome_draws")
         _require_at_least(self, 0, "seed", "warmup_steps", "validate_every", "weight_decay")
+        # Of a larger one JAX would take the last 32 bits, which may be another's.
+        _require(self.seed < 2**32, "seed", self.seed, "must be below 2 ** 32")
         _require_at_least(self, 0, "checkpoint_minutes", "effect_weight")
         _require_positive(self, "learning_rate", "clip_norm")
         for shape in self.shapes:

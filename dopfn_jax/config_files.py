@@ -28,8 +28,9 @@ def _preset_folder() -> Path:
     return next(folder for folder in folders if folder.is_dir())
 
 
-def _find(name_or_path: str | Path) -> Path:
-    for path in (Path(name_or_path), _preset_folder() / f"{name_or_path}.toml"):
+def _find(name_or_path: str | Path, folder: Path) -> Path:
+    """The file of that path, seen from `folder`, or else the preset."""
+    for path in (folder / name_or_path, _preset_folder() / f"{name_or_path}.toml"):
         if path.is_file():
             return path
     presets = preset_names()
@@ -40,8 +41,11 @@ def _find(name_or_path: str | Path) -> Path:
 
 
 def read_toml(name_or_path: str | Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a file on top of those of its base; `readers` name this one as their base."""
-    path = _find(name_or_path)
+    """The values of a file on top of those of its base; `readers` name this one as their base.
+
+    The path of a base is seen from the file that names it.
+    """
+    path = _find(name_or_path, readers[-1].parent if readers else Path())
     if path in readers:
         raise ConfigError(f"{path}: base = {str(name_or_path)!r} leads back to itself; remove it")
     try:

@@ -52,7 +52,7 @@ def _average(options: argparse.Namespace) -> None:
     for name, model in {**by_name, "mean": mean.model}.items():
         losses = trainer.validate(trainer.with_weights(model))
         print(name, *(f"{key}={float(value):.4f}" for key, value in losses.items()), flush=True)
-    save_checkpoint(options.output, mean.model, mean.config, mean.steps)
+    save_checkpoint(options.output, mean.model, mean.config, mean.steps, seeds=mean.seeds)
 
 
 if __name__ == "__main__":

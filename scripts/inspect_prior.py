@@ -129,7 +129,9 @@ def _record(options: argparse.Namespace) -> None:
         )
     checkpoint = from_pretrained(folder)
     usual = usual_tables(checkpoint.config, options.tables, options.seed)
-    save_checkpoint(folder, checkpoint.model, checkpoint.config, checkpoint.steps, usual)
+    save_checkpoint(
+        folder, checkpoint.model, checkpoint.config, checkpoint.steps, usual, checkpoint.seeds
+    )
     print(f"written: what is usual for tables of {', '.join(map(str, usual))} rows")
 
 

@@ -16,6 +16,7 @@ from dopfn_jax.checkpoints import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     CheckpointError,
+    average,
     checkpoint_names,
     from_pretrained,
     save_checkpoint,
@@ -132,20 +133,34 @@ def test_a_full_disk_leaves_the_older_weights(
     assert [path.name for path in folder.parent.iterdir()] == ["saved"]
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
 def test_a_rename_that_fails_puts_the_older_weights_back(
-    folder: Path, model: DoPFN, monkeypatch: pytest.MonkeyPatch
+    folder: Path, model: DoPFN, monkeypatch: pytest.MonkeyPatch, interrupted: bool
 ) -> None:
     replace = os.replace
 
     def fail_for_new(source: Path, target: Path) -> None:
         if source.name == "new":
+            if interrupted:
+                raise KeyboardInterrupt
             full_disk()
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fail_for_new)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(KeyboardInterrupt if interrupted else CheckpointError):
         save_checkpoint(folder, jax.tree.map(lambda a: a + 1, model), CONFIG, 8)
     require_same_weights(from_pretrained(folder).model, model)
+
+
+def test_seeds_of_all_training_are_known(folder: Path, model: DoPFN) -> None:
+    first = from_pretrained(folder)
+    assert first.seeds == (CONFIG.training.seed,)
+    save_checkpoint(folder, model, CONFIG, 9, seeds=[7, 3, 7])
+    second = from_pretrained(folder)
+    assert second.seeds == (3, 7)
+    assert average([first, second]).seeds == tuple(sorted({CONFIG.training.seed, 3, 7}))
+    save_checkpoint(folder, model, CONFIG, 0)
+    assert from_pretrained(folder).seeds == ()  # random weights have seen nothing
 
 
 def test_an_unknown_name_lists_those_that_ship() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -135,6 +136,10 @@ def test_a_file_by_path_with_a_base(tmp_path):
     smoke, mine = Config.load("smoke"), Config.load(path)
     assert mine.model == dataclasses.replace(smoke.model, width=64)
     assert (mine.prior, mine.training) == (smoke.prior, smoke.training)
+    # Seen from the file that names it, not from where Python was started.
+    (tmp_path / "further.toml").write_text('base = "mine.toml"\n[model]\nlayers = 5\n')
+    further = Config.load(tmp_path / "further.toml")
+    assert further.model == dataclasses.replace(smoke.model, width=64, layers=5)
 
 
 def test_overrides_have_the_type_of_their_field():
@@ -252,6 +257,8 @@ def test_a_case_study_fixes_the_sizes_of_the_arrays():
         ),
         ({"training": {"shapes": [SHAPE | {"weight": 0}]}}, "shapes[0].weight", "0.0", "positive"),
         ({"training": {"effect_weight": -1}}, "training.effect_weight", "-1.0", "0 or more"),
+        ({"training": {"weight_decay": math.inf}}, "training.weight_decay", "inf", "and finite"),
+        ({"training": {"seed": 2**32}}, "training.seed", "4294967296", "below 2 ** 32"),
         (
             {
                 "training": {

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,8 @@ class Checkpoint:
         steps: of the run that made it, not of what it started from; of a mean, of its runs.
         usual_tables: what tables of its prior look like, if that has been recorded (see
             `scripts/inspect_prior.py`); estimators warn about others.
+        seeds: of all training behind the weights, as far as it is known; a run from them with one
+            of these would draw tasks that they have seen.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Checkpoint:
     config: Config
     steps: int
     usual_tables: UsualTables | None = None
+    seeds: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         """Without the weights: estimators show this as one of their settings."""
@@ -79,27 +82,11 @@ def from_pretrained(name_or_path: str | Path = DEFAULT_CHECKPOINT) -> Checkpoint
         CheckpointError: nothing there, damaged files, or weights that do not fit the config, with
             every offender.
     """
-    name = str(name_or_path)
-    folder = _download(name) if name.startswith(HUB_PREFIX) else _find(name_or_path)
-    try:
-        description = json.loads((folder / CONFIG_FILE).read_text())
-        if description["format"] != _FORMAT_VERSION:
-            raise CheckpointError(
-                f"{folder / CONFIG_FILE}: has format {description['format']!r}, but this version "
-                f"of dopfn_jax reads {_FORMAT_VERSION}; install the version that wrote it"
-            )
-        config = Config.from_dict(description["config"])
-        checksum, steps = description["sha256"], description["steps"]
-        usual_tables = _read_usual_tables(description.get("usual_tables"))
-    except CheckpointError:
-        raise
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE}: not a readable checkpoint description ({error})"
-        ) from error
+    folder = _folder_of(name_or_path)
+    described = _describe(folder)
     path = folder / WEIGHTS_FILE
     try:
-        if hashlib.sha256(path.read_bytes()).hexdigest() != checksum:
+        if hashlib.sha256(path.read_bytes()).hexdigest() != described.sha256:
             raise CheckpointError(
                 f"{path}: its checksum is not the one in {CONFIG_FILE}: damaged, or copied without "
                 "it; copy both again"
@@ -107,8 +94,24 @@ def from_pretrained(name_or_path: str | Path = DEFAULT_CHECKPOINT) -> Checkpoint
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: weights cannot be read ({error})") from error
-    model = _build_model(config, weights, path)
-    return Checkpoint(str(name_or_path), model, config, steps, usual_tables)
+    model = _build_model(described.config, weights, path)
+    return Checkpoint(
+        str(name_or_path),
+        model,
+        described.config,
+        described.steps,
+        described.usual_tables,
+        described.seeds,
+    )
+
+
+def weights_checksum(name_or_path: str | Path) -> str:
+    """SHA-256 of the weights that `from_pretrained` would load, without loading them.
+
+    Raises:
+        CheckpointError: nothing there, or damaged files.
+    """
+    return _describe(_folder_of(name_or_path)).sha256
 
 
 def save_checkpoint(
@@ -117,6 +120,7 @@ def save_checkpoint(
     config: Config,
     steps: int,
     usual_tables: UsualTables | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> None:
     """Writes a checkpoint folder; an older one is replaced only once the new one is complete.
 
@@ -126,6 +130,7 @@ def save_checkpoint(
         config: the configuration that it was trained under.
         steps: of the run that made it.
         usual_tables: from `dopfn_jax.diagnostics.usual_tables`.
+        seeds: of all training behind the weights; by default the one of `config`.
 
     Raises:
         CheckpointError: it cannot be written, or holds something else than a checkpoint; what was
@@ -138,7 +143,9 @@ def save_checkpoint(
         )
     flat = nnx.to_flat_state(nnx.state(model))
     weights = {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in flat}
-    description = {"format": _FORMAT_VERSION, "steps": steps, "config": config.to_dict()}
+    seeds = _own_seeds(config, steps) if seeds is None else sorted(set(seeds))
+    description = {"format": _FORMAT_VERSION, "steps": steps, "seeds": list(seeds)}
+    description["config"] = config.to_dict()
     if usual_tables is not None:
         description["usual_tables"] = usual_tables
     try:
@@ -147,13 +154,13 @@ def save_checkpoint(
         raise CheckpointError(f"{folder}: weights cannot be written ({error})") from error
 
 
-def recorded_tables(folder: Path) -> UsualTables | None:
-    """The `usual_tables` of a checkpoint folder; None where there is none, or no record in it."""
+def recorded(folder: Path) -> tuple[UsualTables | None, tuple[int, ...]]:
+    """The `usual_tables` and `seeds` of a checkpoint folder; neither where there is none."""
     try:
-        description = json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, ValueError):
-        return None
-    return _read_usual_tables(description.get("usual_tables"))
+        described = _describe(folder)
+    except CheckpointError:
+        return None, ()
+    return described.usual_tables, described.seeds
 
 
 def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
@@ -167,7 +174,7 @@ def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
         checkpoints: one or more, of one architecture and with the same bucket borders.
 
     Returns:
-        The mean, with the first one's name and config, and the steps of all of them.
+        The mean, with the first one's name and config, and the steps and seeds of all of them.
 
     Raises:
         CheckpointError: none is given, or two of them do not fit together.
@@ -193,7 +200,48 @@ def average(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
         *states,
     )
     steps = sum({checkpoint.name: checkpoint.steps for checkpoint in checkpoints}.values())
-    return Checkpoint(first.name, nnx.merge(graphdef, mean), first.config, steps)
+    seeds = tuple(sorted({seed for checkpoint in checkpoints for seed in checkpoint.seeds}))
+    model = nnx.merge(graphdef, mean)
+    return Checkpoint(first.name, model, first.config, steps, seeds=seeds)
+
+
+class _Description(NamedTuple):
+    """What stands beside the weights."""
+
+    sha256: str
+    config: Config
+    steps: int
+    usual_tables: UsualTables | None
+    seeds: tuple[int, ...]
+
+
+def _describe(folder: Path) -> _Description:
+    try:
+        description = json.loads((folder / CONFIG_FILE).read_text())
+        if description["format"] != _FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE}: has format {description['format']!r}, but this version "
+                f"of dopfn_jax reads {_FORMAT_VERSION}; install the version that wrote it"
+            )
+        config, steps = Config.from_dict(description["config"]), description["steps"]
+        return _Description(
+            description["sha256"],
+            config,
+            steps,
+            _read_usual_tables(description.get("usual_tables")),
+            tuple(description.get("seeds", _own_seeds(config, steps))),
+        )
+    except CheckpointError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: not a readable checkpoint description ({error})"
+        ) from error
+
+
+def _own_seeds(config: Config, steps: int) -> tuple[int, ...]:
+    """Of a run that started from nothing."""
+    return (config.training.seed,) if steps else ()
 
 
 def _write(folder: Path, weights: dict[str, np.ndarray], description: dict[str, Any]) -> None:
@@ -214,11 +262,12 @@ def _write(folder: Path, weights: dict[str, np.ndarray], description: dict[str, 
                 shutil.copytree(extra, new / extra.name)
             elif extra.name not in (WEIGHTS_FILE, CONFIG_FILE):
                 shutil.copy2(extra, new / extra.name)
-        os.replace(folder, old)
         try:
+            os.replace(folder, old)
             os.replace(new, folder)
-        except OSError:
-            os.replace(old, folder)
+        except BaseException:  # an interrupt, too
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
             raise
 
 
@@ -247,6 +296,12 @@ def _download(name: str) -> Path:
     except Exception as error:  # the hub's, of HTTP, and of the names it refuses
         raise CheckpointError(f"{name}: cannot be had from the hub ({error})") from error
     return Path(folder)
+
+
+def _folder_of(name_or_path: str | Path) -> Path:
+    """Where the two files of a checkpoint are, fetched from the hub if need be."""
+    name = str(name_or_path)
+    return _download(name) if name.startswith(HUB_PREFIX) else _find(name_or_path)
 
 
 def _find(name_or_path: str | Path) -> Path:

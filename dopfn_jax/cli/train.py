@@ -140,7 +140,8 @@ def _train(config: "Config", options: argparse.Namespace) -> "TrainState":
 def _case_studies(folder: Path, covariates: int) -> "Callable[[Checkpoint], dict[str, float]]":
     """Scores weights on the released case studies: median normalised MSE by task and case.
 
-    Leaves out datasets with more covariates than the weights will know.
+    Leaves out datasets with more covariates than the weights will know. Only the first process
+    scores, so the others need no files.
     """
     import pandas as pd
 
@@ -148,13 +149,14 @@ def _case_studies(folder: Path, covariates: int) -> "Callable[[Checkpoint], dict
     from dopfn_jax.estimators import DoPFNRegressor
     from dopfn_jax.evaluation.datasets import load_datasets
     from dopfn_jax.evaluation.metrics import Answer, score
+    from dopfn_jax.training.processes import is_first_process
 
     studies = [
         data
-        for data in load_datasets(folder)
+        for data in (load_datasets(folder) if is_first_process() else [])
         if data.x.shape[1] <= covariates and not data.is_degenerate
     ]
-    if not studies:
+    if is_first_process() and not studies:
         raise ConfigError(
             f"{folder}: no dataset has at most {covariates} covariates, which is all that this "
             "prior draws; leave out --evaluate-every and --data"

@@ -74,6 +74,7 @@ def write(path: Path, saved: Saved) -> None:
             checkpoint.config,
             checkpoint.steps,
             checkpoint.usual_tables,
+            checkpoint.seeds,
         )
         with zipfile.ZipFile(new, "w") as archive:
             archive.writestr(_ESTIMATOR_FILE, json.dumps(description, indent=2, default=int))

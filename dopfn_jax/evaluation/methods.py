@@ -10,15 +10,18 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dopfn_jax import checkpoints
-from dopfn_jax.checkpoints import DEFAULT_CHECKPOINT, Checkpoint
+from dopfn_jax.checkpoints import (
+    DEFAULT_CHECKPOINT,
+    Checkpoint,
+    from_pretrained,
+    weights_checksum,
+)
 from dopfn_jax.estimators import DoPFNRegressor
 from dopfn_jax.evaluation.datasets import Dataset, Graph
 from dopfn_jax.evaluation.metrics import Answer
@@ -87,12 +90,7 @@ def checksum(name: str) -> str:
     if not is_dopfn(name):
         return ""
     path, _ = _read_name(name)
-    shipped = Path(checkpoints.__file__).parent / path
-    for folder in (shipped, Path(path), Path(path) / checkpoints.RUN_WEIGHTS):
-        if (folder / checkpoints.CONFIG_FILE).is_file():
-            return str(json.loads((folder / checkpoints.CONFIG_FILE).read_text())["sha256"])
-    checkpoints.from_pretrained(path)  # raises, and says what is there instead
-    return ""
+    return weights_checksum(path)
 
 
 def _read_name(name: str) -> tuple[str, dict[str, Any]]:
@@ -122,7 +120,7 @@ def _plain(value: str) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _load(checkpoint: str) -> Checkpoint:
-    return checkpoints.from_pretrained(checkpoint)
+    return from_pretrained(checkpoint)
 
 
 def _dopfn(data: Dataset, seed: int, checkpoint: str, settings: dict[str, Any]) -> Answer:

@@ -197,7 +197,7 @@ STUDIES = {
     "amazon_sales": amazon_sales,
     "law_school": law_school,
 }
-# Those without a random part.
-SINGLE = ("nhefs",)
+# Those whose rows and effects are always the same.
+SINGLE = ("nhefs", "amazon_sales")
 # The others come from packages.
 FILES = {name: f"{name}.csv" for name in ("nhefs", "amazon_sales", "law_school")}

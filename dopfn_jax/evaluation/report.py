@@ -367,7 +367,10 @@ def _averages(scores: pd.DataFrame) -> str:
             continue
         truth = table.ate_true.dropna() if "ate_true" in table else table.ate[:0]
         trial = f"; the trial itself says {truth.median():,.4g}" if len(truth) else ""
-        lines = [f"## {text}{trial}\n", "| method | average effect (95 % interval) |", "|---|---|"]
+        count = table.dataset.nunique()
+        medians = f", medians over {count} draws of the controls" if count > 1 else ""
+        head = f"| method | average effect (95 % interval{medians}) |"
+        lines = [f"## {text}{trial}\n", head, "|---|---|"]
         for method, rows in table.dropna(subset=["ate"]).groupby("method"):
             low, high = (
                 rows[name].median() if name in rows else float("nan")

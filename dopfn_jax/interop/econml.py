@@ -153,8 +153,9 @@ def _beside(X: Data | None, W: Data | None) -> Data | None:
 
 def _unlabelled(values: Data) -> Data:
     """Without the index, as the tables of `_beside` are; names of columns stay."""
-    labelled = isinstance(values, pd.DataFrame | pd.Series)
-    return values.reset_index(drop=True) if labelled else values
+    if isinstance(values, pd.DataFrame | pd.Series):
+        return values.reset_index(drop=True)
+    return values
 
 
 def _frame(values: Data) -> pd.DataFrame:

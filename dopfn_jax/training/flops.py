@@ -4,6 +4,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from dopfn_jax.config import Config, TableShape
@@ -12,9 +13,10 @@ from dopfn_jax.config import Config, TableShape
 def model_flops(config: Config, shape: TableShape) -> float:
     """FLOPs of the matrix products of one training step on a batch of this shape.
 
-    Forward, and twice that backward. Rows that exist, at the mean context size: padding and
-    recomputation (`remat`) are no work that the model needs, so they do not count. Embeddings,
-    norms and softmax are left out; they are below a few per cent.
+    Forward, and twice that backward. Rows that exist, at the mean context size: padded rows and
+    recomputation (`remat`) are no work that the model needs, so they do not count. Columns count
+    as many as the shape has room for, which matters where tokens are cells. Embeddings, norms and
+    softmax are left out; they are below a few per cent.
     """
     model = config.model
     width, group = model.width, model.features_per_token
@@ -22,7 +24,10 @@ def model_flops(config: Config, shape: TableShape) -> float:
     context = sum(shape.context) / 2
     query = shape.rows - context
     if config.training.effect_weight:
-        query = 2 * ((shape.rows - shape.context[0]) // 2)
+        low, high = shape.context
+        asked = (shape.rows - low) // 2
+        # Under both arms, those of the last rows that are no context.
+        query = 2 * float(np.minimum(asked, shape.rows - np.arange(low, high + 1)).mean())
     tokens = -(-covariates // group) + 2 if group else 1  # of a row
     linear = 2 * width**2  # a square matrix, one token
     mlp = 2 * model.mlp_ratio * linear

@@ -19,7 +19,7 @@ from dopfn_jax.checkpoints import (
     RUN_WEIGHTS,
     Checkpoint,
     CheckpointError,
-    recorded_tables,
+    recorded,
     save_checkpoint,
 )
 from dopfn_jax.config import Config, TableShape, TrainingConfig
@@ -96,6 +96,7 @@ def train(
     if init_from is not None:
         _require_same_model(init_from, config)
         _require_other_tasks(init_from, config)
+    seeds = (config.training.seed, *(init_from.seeds if init_from else ()))
     stop = min(config.training.steps, stop_after or config.training.steps)
     with _stop_signals() as stopping, closing(RunDirectory(workdir, config, resume)) as directory:
         if directory.latest_step() is not None:
@@ -110,11 +111,11 @@ def train(
                 log = directory.open_log(start) if is_first_process() else None
                 if log:
                     stack.enter_context(closing(log))
-                run = _Run(trainer, directory, log, observers)
+                run = _Run(trainer, directory, log, observers, seeds)
                 return run.steps(state, start, stop, stopping)
         if start:
             # A run killed between its two kinds of saving has older weights than checkpoints.
-            run = _Run(trainer, directory, None, observers)
+            run = _Run(trainer, directory, None, observers, seeds)
             run.export(state, start)
         return state
 
@@ -128,7 +129,9 @@ class _Run:
         directory: RunDirectory,
         log: MetricsLog | None,
         observers: Observers,
+        seeds: tuple[int, ...],
     ):
+        self._seeds = seeds
         self._trainer, self._directory, self._log = trainer, directory, log
         self._observers = observers
         self._config = trainer.config.training
@@ -207,8 +210,10 @@ class _Run:
         model = self._trainer.whole_model(state)
         if is_first_process():
             folder = self._directory.folder / RUN_WEIGHTS
-            usual_tables = recorded_tables(folder)  # of the same prior
-            save_checkpoint(folder, model, self._trainer.config, step, usual_tables)
+            # Of the same prior, and of what the run started from before it was resumed.
+            usual_tables, seeds = recorded(folder)
+            seeds = (*seeds, *self._seeds)
+            save_checkpoint(folder, model, self._trainer.config, step, usual_tables, seeds)
 
     def _validation(self, state: TrainState) -> dict[str, float]:
         values = jax.device_get(self._trainer.validate(state))
@@ -329,10 +334,11 @@ def _stop_signals() -> Iterator[list[int]]:
 def _require_other_tasks(checkpoint: Checkpoint, config: Config) -> None:
     """The tasks of step k depend on seed and k alone, so the same seed would draw them again."""
     seed = config.training.seed
-    if seed == checkpoint.config.training.seed and checkpoint.steps:
+    if seed in checkpoint.seeds:
         raise CheckpointError(
             f"--init-from {checkpoint.name}: it was trained with training.seed={seed} too, so the "
-            f"run would draw the tasks that it has seen; give another, such as --seed {seed + 1}"
+            "run would draw the tasks that it has seen; give another, such as --seed "
+            f"{max(checkpoint.seeds) + 1}"
         )
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pandas as pd
@@ -108,6 +109,16 @@ def test_the_checksum_is_that_of_the_weights():
     assert len(checksum("dopfn")) == 64
     assert checksum("dopfn") == checksum(f"dopfn:{DEFAULT_CHECKPOINT}")
     assert checksum("rf") == ""
+
+
+def test_the_checksum_of_a_training_run_is_that_of_its_weights(checkpoint, tmp_path):
+    run = tmp_path / "run"
+    save_checkpoint(run / "weights", checkpoint.model, checkpoint.config, steps=1)
+    (run / "config.json").write_text(checkpoint.config.to_json())
+    expected = json.loads((run / "weights" / "config.json").read_text())["sha256"]
+    assert checksum(f"dopfn:{run}") == expected
+    with pytest.raises(CheckpointError, match="neither shipped"):
+        checksum(f"dopfn:{tmp_path / 'nowhere'}")
     assert checksum("dopfn") == checksum("dopfn,n_estimators=2")
     with pytest.raises(CheckpointError, match="neither shipped"):
         checksum("dopfn:nowhere")

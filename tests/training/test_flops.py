@@ -51,6 +51,18 @@ def test_equals_three_forward_passes(preset: str, group: int) -> None:
     assert model_flops(config, SHAPE) <= counted  # embeddings are left out
 
 
+def test_queries_under_both_arms_count_where_they_exist() -> None:
+    config = Config()
+    training = dataclasses.replace(config.training, effect_weight=1.0)
+    both = dataclasses.replace(config, training=training)
+    # Of 500 query rows the last 250, twice.
+    assert model_flops(both, SHAPE) == model_flops(config, SHAPE)
+    # Of the last 150 rows 100 or more are queries, 143.7 on average.
+    varied = dataclasses.replace(SHAPE, rows=1200, context=(900, 1100))
+    fewer, more = (dataclasses.replace(SHAPE, rows=rows) for rows in (1287, 1288))
+    assert model_flops(config, fewer) < model_flops(both, varied) < model_flops(config, more)
+
+
 def test_padding_and_recomputation_do_not_count() -> None:
     config = Config()
     padded = dataclasses.replace(SHAPE, context=(900, 1100))

@@ -176,6 +176,18 @@ def test_a_tilt_that_the_weights_lack_starts_at_nothing(
             np.testing.assert_array_equal(leaf[...], own[path][...])
 
 
+def test_no_seed_of_the_training_before_may_come_again(checkpoint: Checkpoint) -> None:
+    before = dataclasses.replace(checkpoint, seeds=(5, 7))
+    for seed in (5, 6, 7):
+        training = dataclasses.replace(checkpoint.config.training, seed=seed)
+        config = dataclasses.replace(checkpoint.config, training=training)
+        if seed == 6:
+            loop._require_other_tasks(before, config)
+        else:
+            with pytest.raises(CheckpointError, match=f"seed={seed} too, .* such as --seed 8"):
+                loop._require_other_tasks(before, config)
+
+
 def test_weights_of_another_model_are_refused_by_field(
     config: Config, checkpoint: Checkpoint
 ) -> None:
