@@ -275,8 +275,11 @@ class EffectEstimator(InContextEstimator):
         self, x: NDArray[np.float32], groups: list[NDArray[np.intp]], least: list[float]
     ) -> NDArray[np.float64]:
         """Standard errors of average effects over groups of rows, (G,), `least` or more each."""
-        generator = np.random.default_rng(self.random_state)
-        parts = [generator.permutation(rows)[:INTERVAL_ROWS] for rows in groups]
+        # Each as if it were asked about alone.
+        parts = [
+            np.random.default_rng(self.random_state).permutation(rows)[:INTERVAL_ROWS]
+            for rows in groups
+        ]
         rows = np.unique(np.concatenate(parts))
         effects, factor = self._resampled_effects(x[rows])
         averages = [effects[:, np.searchsorted(rows, part)].mean(axis=1) for part in parts]

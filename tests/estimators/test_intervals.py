@@ -21,6 +21,14 @@ def test_an_interval_is_centred_deterministic_and_wider_for_more_confidence(fitt
     assert (higher - lower) / (high - low) == pytest.approx(2.575829 / 1.959964, rel=1e-4)
 
 
+def test_the_summary_says_what_each_interval_says(fitted, monkeypatch) -> None:
+    monkeypatch.setattr(effects, "INTERVAL_ROWS", 3)  # random ones of more rows
+    summary = fitted.summary()
+    for name in ("ate", "att", "atc"):
+        alone = getattr(fitted, f"{name}_interval")()
+        assert getattr(summary, f"{name}_interval") == pytest.approx(alone, rel=1e-5)
+
+
 @pytest.mark.parametrize(("effect", "distant"), [(-4.0, False), (20.0, True)])
 def test_an_average_is_no_surer_than_its_doubly_robust_rival(checkpoint, effect, distant) -> None:
     X, t, y = table()
