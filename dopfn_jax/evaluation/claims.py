@@ -287,7 +287,7 @@ def _amazon(scores: pd.DataFrame, method: str) -> _Verdict | None:
     if errors.empty:
         return None
     verdict = "yes" if errors.median() <= _PAPER_AMAZON else "no"
-    return verdict, f"{errors.median():.3g} (draws of the treatment: {len(errors)})"
+    return verdict, f"{errors.median():.3g}"
 
 
 def _held_out(scores: pd.DataFrame, method: str) -> None:
