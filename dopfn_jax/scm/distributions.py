@@ -101,9 +101,10 @@ def gumbel(loc: ArrayLike = 0.0, scale: ArrayLike | str = 1.0) -> Noise:
 def _noise(family: str, loc: ArrayLike, scale: ArrayLike | str) -> Noise:
     family_id = np.asarray(NOISE_FAMILIES.index(family), np.int32)
     if isinstance(loc, str):
+        constructor = "normal" if family == "gaussian" else family
         raise ValueError(
-            f"{family}: loc = {loc!r}, but noise has a number as mean: put the node into the "
-            f"mechanism, node(linear({{{loc!r}: 1.0}}), {family}(...))."
+            f"{constructor}: loc = {loc!r}, but noise has a number as mean: put the node into the "
+            f"mechanism, node(linear({{{loc!r}: 1.0}}), {constructor}(...))."
         )
     if not isinstance(scale, str):
         _require_positive(family, "scale", scale)

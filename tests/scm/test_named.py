@@ -155,7 +155,7 @@ def test_an_impossible_scm_is_refused_by_name(nodes, message) -> None:
         (lambda: linear({"a": [1.0, 2.0]}), "one number or the name"),
         (lambda: bernoulli(1.5), r"must lie in \[0, 1\]"),
         (lambda: uniform(1.0, 1.0), "must be positive"),
-        (lambda: normal("mu", 1.0), r"node\(linear\(\{'mu': 1.0\}\), gaussian"),
+        (lambda: normal("mu", 1.0), r"node\(linear\(\{'mu': 1.0\}\), normal\("),
         (lambda: uniform("low", 1.0), "uniform: low = 'low' must be a number"),
         (lambda: half_normal("tau"), "half_normal: scale = 'tau' must be a number"),
         (lambda: bernoulli("p"), r"'p' must be a number; node\(lambda p, noise: noise < p"),
