@@ -98,7 +98,7 @@ def gumbel(loc: ArrayLike = 0.0, scale: ArrayLike | str = 1.0) -> Noise:
     return _noise("gumbel", loc, scale)
 
 
-def _noise(family: str, loc: ArrayLike, scale: ArrayLike | str) -> Noise:
+def _noise(family: str, loc: ArrayLike | str, scale: ArrayLike | str) -> Noise:
     family_id = np.asarray(NOISE_FAMILIES.index(family), np.int32)
     if isinstance(loc, str):
         constructor = "normal" if family == "gaussian" else family
