@@ -7,6 +7,7 @@ Needs matplotlib. Example:
 import argparse
 import itertools
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,17 +18,22 @@ import pandas as pd
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Panels: what they show, and the first of these columns that a run has.
+# Panels: what they show, and the first of these columns that a run has. Panels of what no run has
+# logged are left out.
 PANELS = (
     ("training loss (nats)", ("mean_loss", "loss")),
     ("validation loss (nats)", ("validation_loss",)),
+    ("validation loss on the wide prior (nats)", ("wide_validation_loss",)),
+    ("validation: median squared error of effects", ("validation_median_effect_mse",)),
+    ("the same on the wide prior", ("wide_validation_median_effect_mse",)),
     ("learning rate", ("learning_rate",)),
     ("tasks per second", ("tasks_per_second",)),
 )
 # Points that a smoothed training loss averages over, at most.
 SMOOTHING = 20
-# Of runs in the panels of case studies, where colours are cases.
+# Lines that share a colour, and, in the panels of case studies, where colours are cases, runs.
 STYLES = ("-", "--", ":", "-.")
+COLOURS = 10
 
 
 class RunLogError(ValueError):
@@ -74,7 +80,7 @@ def read_log(path: Path) -> pd.DataFrame:
 
 
 def draw(log: pd.DataFrame, output: Path) -> None:
-    """One panel for each of PANELS, one line for each run of `read_log`.
+    """One panel for each of PANELS that a run of `read_log` has, one line for each run that has it.
 
     Runs that were scored as they went (--evaluate-every) get two more panels, one colour a case.
     """
@@ -83,50 +89,60 @@ def draw(log: pd.DataFrame, output: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    scored = any(str(name).startswith("cid/") for name in log)
-    rows = 3 if scored else 2
+    panels = [(title, columns) for title, columns in PANELS if set(columns) & set(log)]
+    tasks = [task for task in ("cid", "cate") if _cases(log, task)]
+    count = len(panels) + len(tasks)
+    rows = math.ceil(count / 2)
     figure, axes = plt.subplots(
-        rows, 2, figsize=(10, 3.5 * rows), sharex=True, layout="constrained"
+        rows, 2, figsize=(12, 3.5 * rows), sharex=True, layout="constrained", squeeze=False
     )
-    for axis, (title, columns) in zip(axes.flat, PANELS, strict=False):
-        for name, run in log.groupby("run", sort=False):
-            present = [column for column in columns if column in run]
-            if not present:
+    for axis, (title, columns) in zip(axes.flat, panels, strict=False):
+        for number, (name, run) in enumerate(log.groupby("run", sort=False)):
+            logged = [run[column] for column in columns if column in run and run[column].count()]
+            if not logged:
                 continue
-            points = run[["step", present[0]]].dropna()
-            values = points[present[0]]
+            values = logged[0]
             if "training" in title:
                 values = values.rolling(min(SMOOTHING, len(values)), min_periods=1).mean()
-            _line(axis, points["step"], values, str(name))
+            style = STYLES[number // COLOURS % len(STYLES)]
+            _line(axis, run["step"], values, str(name), color=f"C{number}", linestyle=style)
         axis.set_title(title)
-    for axis, task in zip(axes.flat[len(PANELS) :], ("cid", "cate"), strict=False):
-        cases = [str(name) for name in log if str(name).startswith(f"{task}/")]
-        runs = [
-            run for _, run in log.groupby("run", sort=False) if run[cases].notna().any(axis=None)
-        ]
-        for style, run in zip(itertools.cycle(STYLES), runs, strict=False):
-            for number, case in enumerate(cases):
-                points = run[["step", case]].dropna()
-                label = case.removeprefix(f"{task}/") if run is runs[0] else None
-                _line(
-                    axis, points["step"], points[case], label, color=f"C{number}", linestyle=style
-                )
-        axis.set_title(f"{task.upper()}: median error of each case study")
-        axis.set_yscale("log")
-    for axis in axes.flat:
+    for axis, task in zip(axes.flat[len(panels) :], tasks, strict=False):
+        _draw_cases(axis, log, task)
+    for axis in axes.flat[:count]:
         axis.grid(alpha=0.3)
-    for axis in axes[-1]:
+    for axis in axes.flat[max(count - 2, 0) : count]:
         axis.set_xlabel("step")
-    axes.flat[0].legend()
-    if scored:
-        axes.flat[-1].legend(fontsize="x-small")
-    figure.savefig(output, dpi=150)
+        axis.tick_params(labelbottom=True)
+    for axis in axes.flat[count:]:
+        axis.remove()
+    # Beside the panels: inside one of them many runs would squeeze all the others.
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    figure.savefig(output, dpi=120)
     plt.close(figure)
+
+
+def _cases(log: pd.DataFrame, task: str) -> list[str]:
+    return [str(name) for name in log if str(name).startswith(f"{task}/")]
+
+
+def _draw_cases(axis: "Axes", log: pd.DataFrame, task: str) -> None:
+    cases = _cases(log, task)
+    runs = [run for _, run in log.groupby("run", sort=False) if run[cases].notna().any(axis=None)]
+    for style, run in zip(itertools.cycle(STYLES), runs, strict=False):
+        for number, case in enumerate(cases):
+            label = case.removeprefix(f"{task}/") if run is runs[0] else None
+            _line(axis, run["step"], run[case], label, color=f"C{number}", linestyle=style)
+    axis.set_title(f"{task.upper()}: median error of each case study")
+    axis.set_yscale("log")
+    axis.legend(fontsize="x-small")
 
 
 def _line(
     axis: "Axes", steps: pd.Series, values: pd.Series, label: str | None, **style: Any
 ) -> None:
+    steps, values = steps[values.notna()], values.dropna()
     marker = "." if len(values) < 2 else None
     axis.plot(steps, values, label=label, marker=marker, linewidth=1.2, **style)
 

@@ -1,12 +1,14 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from scripts.plot_run import main
+from scripts.plot_run import draw, main, read_log
 
 pytest.importorskip("matplotlib")
+from matplotlib.figure import Figure
 
 
 def write_log(folder: Path, steps: int, **scores: float) -> Path:
@@ -40,6 +42,22 @@ def test_case_studies_get_panels_of_their_own(tmp_path: Path) -> None:
         assert main([*map(str, runs), "--output", str(figure)]) == 0
         panels[len(runs)] = figure.read_text().count('id="axes_')
     assert panels == {1: 4, 2: 6}
+
+
+def test_many_runs_leave_room_for_the_panels(tmp_path: Path) -> None:
+    names = [f"a_run_with_a_long_name_{number}" for number in range(40)]
+    log = pd.concat([read_log(write_log(tmp_path / name, 2)) for name in names])
+    heights = []
+
+    def note(figure: Figure, *_: Any, **__: Any) -> None:
+        figure.canvas.draw()
+        heights.extend(axis.get_position().height for axis in figure.axes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", note)
+        draw(log, tmp_path / "runs.png")
+    assert len(heights) == 4
+    assert min(heights) > 0.3
 
 
 def test_what_cannot_be_drawn_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
