@@ -283,6 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tasks = options.tasks_per_device * parse_mesh(mesh)[0]
         print(json.dumps(measure(config, dataclasses.replace(shape, tasks=tasks), mesh)))
         return 0
+    if options.output:  # which is written after minutes of compiling
+        options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.programs:
         programs = json.loads(options.programs.read_text())
     else:

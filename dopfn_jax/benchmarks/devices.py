@@ -1,6 +1,5 @@
 """What more devices change: nothing in the result, and how much in the time."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dopfn_jax.benchmarks.timing import Contender, Measurement, Spread, race, rates
+from dopfn_jax.benchmarks.training import with_one_shape
 from dopfn_jax.config import Config, TableShape
 from dopfn_jax.sharding import make_mesh, parse_mesh
 from dopfn_jax.training.step import Metrics, Trainer
@@ -75,8 +75,7 @@ def measure(sizes: Sizes, repetitions: int) -> Iterator[Measurement]:
 
 
 def _steps(config: Config, shape: TableShape, mesh: str) -> Callable[[], Metrics]:
-    training = dataclasses.replace(config.training, shapes=(shape,), validation=shape)
-    trainer = Trainer(dataclasses.replace(config, training=training), make_mesh(parse_mesh(mesh)))
+    trainer = Trainer(with_one_shape(config, shape), make_mesh(parse_mesh(mesh)))
     state = trainer.init(jnp.linspace(-3, 3, config.model.buckets + 1))
 
     def run() -> Metrics:

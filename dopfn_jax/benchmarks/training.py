@@ -95,6 +95,13 @@ def measure(sizes: Sizes, repetitions: int) -> Iterator[Measurement | Absent]:
         yield from _time_split(setting, laps, shape.tasks)
 
 
+def with_one_shape(config: Config, shape: TableShape) -> Config:
+    """The config with this shape alone, from the first step on, and no accumulation."""
+    shape = dataclasses.replace(shape, first_step=0)
+    training = dataclasses.replace(config.training, shapes=(shape,), validation=shape, accumulate=1)
+    return dataclasses.replace(config, training=training)
+
+
 def _comparable(config: Config) -> Config:
     """With what the peer has too."""
     return dataclasses.replace(
@@ -120,9 +127,8 @@ class _Bench:
     """One configuration with one shape: its compiled steps, and a batch that stays the same."""
 
     def __init__(self, config: Config, shape: TableShape, mesh: Mesh):
-        training = dataclasses.replace(config.training, shapes=(shape,), accumulate=1)
-        self._config = dataclasses.replace(config, training=training)
-        self._shape, self._mesh = shape, mesh
+        self._config = with_one_shape(config, shape)
+        (self._shape,), self._mesh = self._config.training.shapes, mesh
         self._trainer = Trainer(self._config, mesh)
         self._first = self._trainer.init(jnp.linspace(-3, 3, config.model.buckets + 1))
 

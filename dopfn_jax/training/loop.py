@@ -114,7 +114,7 @@ def train(
                 run = _Run(trainer, directory, log, observers, seeds)
                 return run.steps(state, start, stop, stopping)
         if start:
-            # A run killed between its two kinds of saving has older weights than checkpoints.
+            # The weights may have been deleted, or be those of a later step that was not saved.
             run = _Run(trainer, directory, None, observers, seeds)
             run.export(state, start)
         return state
@@ -198,8 +198,10 @@ class _Run:
                         window.add(*pending)
                         pending = None
                     with window.left_out():
-                        self._directory.save(done, state)
+                        # Weights first: they record the seeds behind them, and a run that is
+                        # resumed from a checkpoint has nowhere else to look these up.
                         self.export(state, done)
+                        self._directory.save(done, state)
                     last_save = time.monotonic()
                 if last:
                     break

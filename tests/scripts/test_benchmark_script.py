@@ -15,10 +15,11 @@ from flax import nnx
 from dopfn_jax.benchmarks import numpy_prior, training
 from dopfn_jax.benchmarks.report import Results
 from dopfn_jax.benchmarks.timing import Contender, Laps, fitted_exponent, race, rates
-from dopfn_jax.config import ModelConfig, PriorConfig, TableShape
+from dopfn_jax.config import Config, ModelConfig, PriorConfig, TableShape
 from dopfn_jax.model.transformer import DoPFN
 from dopfn_jax.prior import Task, sample_tasks
 from dopfn_jax.training.score import score
+from dopfn_jax.training.step import shape_of_step
 from scripts.benchmark import main
 
 # The devices' meshes take as long to compile as all the others together; see the last test.
@@ -113,6 +114,14 @@ def test_mistakes_are_explained(
     Path("other.json").write_text(json.dumps({"a": 1}))
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_size_names_shapes_that_can_be_trained_on_alone() -> None:
+    for sizes in (training.FULL, training.QUICK, training.SMALLEST):
+        config = Config.load(sizes.config)
+        for index in sizes.shapes:
+            alone = training.with_one_shape(config, config.training.shapes[index]).training
+            assert shape_of_step(alone.shapes, alone.seed, 0).rows == alone.shapes[0].rows
 
 
 def test_contenders_take_turns_after_they_have_warmed_up() -> None:

@@ -258,6 +258,25 @@ def test_resuming_a_finished_run_says_so(
     assert from_pretrained(reference).usual_tables == usual_tables
 
 
+def test_a_run_that_was_killed_knows_the_seeds_behind_its_weights(
+    tmp_path: Path, reference: Path
+) -> None:
+    command = [*arguments(tmp_path / "run", 2), "--seed", "1", "--init-from", str(reference)]
+    save = RunDirectory.save
+
+    def killed(directory: RunDirectory, step: int, state: Any) -> None:
+        save(directory, step, state)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunDirectory, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(command)
+    assert main([*command, "--resume"]) == 0
+    weights = from_pretrained(tmp_path / "run")
+    assert (weights.steps, weights.seeds) == (2, (0, 1))
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
