@@ -355,8 +355,9 @@ def sample_batch(
 ) -> Task:
     """Tasks `first`, `first` + 1, ... of a batch, split over the mesh's data axis.
 
-    They are sampled where they are used. Task i depends on (key, i) alone, so the data is bitwise
-    the same on any mesh, in any number of processes, and in however many parts a batch is taken.
+    They are sampled where they are used. Task i depends on (key, i) alone, so the data is the same
+    on any mesh, in any number of processes, and in however many parts a batch is taken: bitwise for
+    the paper's prior, up to rounding for the wide one.
     Inside `shard_map` the rejection loops of random samplers stay local to each device. Only the
     wide prior has more than one of `outcome_draws`.
     """

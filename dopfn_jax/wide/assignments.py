@@ -14,14 +14,18 @@ import jax.numpy as jnp
 
 
 def threshold(score: jax.Array, u: jax.Array, rate: jax.Array, steepness: jax.Array) -> jax.Array:
-    """Treated where the score is high: no overlap, as in the paper's prior."""
+    """Treated where the score is high: no overlap, as in the paper's prior.
+
+    Units with equal scores are treated alike, so where many are equal fewer than wanted are.
+    """
     return score > jnp.quantile(score, 1.0 - rate)
 
 
 def logistic(score: jax.Array, u: jax.Array, rate: jax.Array, steepness: jax.Array) -> jax.Array:
     """Bernoulli(sigmoid(steepness * score + b)): from a trial to a threshold."""
     logit = steepness * score
-    # The shift that gives the wanted rate on average; exact for normal scores (probit formula).
+    # The shift that gives about the wanted rate on average, for normal scores (probit formula);
+    # steep scores give rare arms about half of it.
     shift = jnp.sqrt(1.0 + jnp.pi / 8.0 * steepness**2) * jax.scipy.special.logit(rate)
     return u < jax.nn.sigmoid(logit + shift)
 
