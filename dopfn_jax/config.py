@@ -178,7 +178,7 @@ class WidePriorConfig:
     assignments: tuple[str, ...] = ("logistic", "logistic", "logistic", "threshold", "coin")
     # How strongly the score decides a logistic assignment: log-uniform.
     steepness: tuple[float, float] = (0.1, 8.0)
-    # The wanted share of treated units is kept within these bounds; assignments miss it by a little.
+    # The wanted share of treated units is kept within these bounds; assignments may miss it.
     treated_rate: tuple[float, float] = (0.02, 0.98)
     # Share of tasks whose treatment follows the expected outcome, more or less.
     prognostic_share: float = 0.4
