@@ -92,7 +92,7 @@ class Column:
     def decode(self, block: NDArray[np.float32]) -> NDArray[np.object_]:
         """What the model reads, (N, width) -> categories or numbers; None where missing.
 
-        Numbers are rounded to what float32 keeps of the column, unless that makes two of them one.
+        Numbers have as few digits as lead back to the same float32, which is all that was kept.
         """
         cells = block[:, 0]
         if self.indicators:
@@ -105,9 +105,11 @@ class Column:
         if self.categories is None:
             labels = present
             fewest = 4 - math.floor(math.log10(self.scale.scale))
-            for digits in range(fewest, fewest + 4):
+            for digits in range(fewest, fewest + 5):
                 rounded = [round(number, digits) + 0.0 for number in present]  # no -0.0
-                if len(set(rounded)) == len(rounded):
+                if np.array_equal(
+                    self.scale.standardise(np.array(rounded)), distinct[: len(rounded)]
+                ):
                     labels = rounded
                     break
         else:

@@ -36,7 +36,9 @@ def group_rows(by: By, x: NDArray[np.float32], schema: Schema) -> dict[object, N
             by = by.iloc[:, 0]
         if np.ndim(by) != 1:
             raise TableError(f"by has shape {np.shape(by)}, but must hold one label per row.")
-        labels = pd.Series(by if isinstance(by, pd.Series | pd.Categorical) else np.asarray(by))
+        # Arrays of text and NaN would hold the text "nan".
+        ready = isinstance(by, pd.Series | pd.Categorical | list | tuple)
+        labels = pd.Series(by if ready else np.asarray(by))
     if len(labels) != len(x):
         raise TableError(f"by has {len(labels)} labels, but there are {len(x)} rows.")
     if not len(x):

@@ -72,8 +72,8 @@ class DoPFNCateEstimator(BaseEstimator):
         return self
 
     def effect(self, X: Data | None = None, *, T0: Data = 0, T1: Data = 1) -> NDArray[np.float64]:
-        """E[y | do(T1), x] - E[y | do(T0), x] of every row, (M,)."""
-        return self.model_.effect(*self._query(X, T0, T1))
+        """E[y | do(T1), x] - E[y | do(T0), x] of every row, (M,); (M, 1) if Y was a column."""
+        return self.model_.effect(*self._query(X, T0, T1)).reshape(-1, *self._d_y)
 
     def marginal_effect(self, T: Data, X: Data | None = None) -> NDArray[np.float64]:
         """`const_marginal_effect`: a binary treatment has one step to take."""
@@ -94,8 +94,9 @@ class DoPFNCateEstimator(BaseEstimator):
     def effect_interval(
         self, X: Data | None = None, *, T0: Data = 0, T1: Data = 1, alpha: float = 0.05
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """`DoPFNRegressor.effect_interval`."""
-        return self.model_.effect_interval(*self._query(X, T0, T1), alpha=alpha)
+        """`DoPFNRegressor.effect_interval`, shaped as `effect`."""
+        low, high = self.model_.effect_interval(*self._query(X, T0, T1), alpha=alpha)
+        return low.reshape(-1, *self._d_y), high.reshape(-1, *self._d_y)
 
     def ate(self, X: Data | None = None, *, T0: Data = 0, T1: Data = 1) -> float:
         """The mean of `effect` over the rows of X."""

@@ -185,7 +185,8 @@ def _mode(model: Callable[[], None], unknown: list[str], key: jax.Array) -> dict
 
     @jax.jit
     def minimum(start: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
-        state = (start, solver.init(start), jnp.int32(0), jnp.float32(jnp.inf))
+        size = jnp.full_like(optax.tree.norm(start), jnp.inf)
+        state = (start, solver.init(start), jnp.int32(0), size)
         free = jax.lax.while_loop(unfinished, step, state)[0]
         return free, loss(free)
 

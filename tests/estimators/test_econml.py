@@ -30,6 +30,7 @@ def test_speaks_the_vocabulary_of_econml(checkpoint, table) -> None:
     assert estimator.const_marginal_ate(x) == pytest.approx([effects.mean()])
     column = clone(estimator).fit(y[:, None], t, X=x)
     assert column.const_marginal_effect(x).shape == (ROWS, 1, 1)
+    np.testing.assert_array_equal(column.effect(x), effects[:, None])
     assert estimator.ate(x) == pytest.approx(effects.mean())
     low, high = estimator.effect_interval(x, alpha=0.1)
     assert (low < effects).all() and (effects < high).all()

@@ -57,6 +57,18 @@ class TestVocabulary:
         assert ends.columns.tolist() == ["lower", "upper"]
         assert_same((ends["lower"] + ends["upper"]) / 2, effects)
 
+    @pytest.mark.parametrize("values", [(123456, 234567), (0.1, 0.30000001), (-3, 1e6)])
+    def test_numbers_that_name_subgroups_are_those_of_the_column(self, checkpoint, values) -> None:
+        X, t, y = table()
+        X = X.assign(dose=np.resize(np.repeat(values, 2), ROWS))
+        labels = DoPFNRegressor(checkpoint).fit(X, t, y).ate(by="dose").index
+        np.testing.assert_allclose(labels, values, rtol=1e-7)
+
+    def test_missing_labels_are_no_text(self, fitted) -> None:
+        labels = ["a", "b", "a", np.nan] * 4
+        assert fitted.ate(by=labels).index[:2].tolist() == ["a", "b"]
+        assert fitted.ate(by=labels).index.isna().tolist() == [False, False, True]
+
     def test_intervals_share_one_standard_error(self, fitted) -> None:
         X, t, _ = table()
         effects, _ = fitted._resampled_effects(fitted.table_.x)
