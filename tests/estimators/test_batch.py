@@ -73,7 +73,8 @@ tables = [table for table in questions()[:-1] if len(table[1]) <= 16]
 answers = [model.predict_batch(tables, mesh=where) for where in (None, mesh)]
 assert devices == [1, 4]
 for alone, spread in zip(*answers, strict=True):
-    np.testing.assert_allclose(spread, alone, rtol=1e-5)
+    # Effects near zero are differences of outcomes, whose rounding they keep.
+    np.testing.assert_allclose(spread, alone, rtol=1e-5, atol=1e-5)
 """
 
 
