@@ -282,9 +282,17 @@ def _read_columns(X: Data | None, rows: int) -> tuple[dict[str | int, Cells], bo
 def _check_apart(
     columns: Mapping[str | int, Cells], role: str, values: Data, read: NDArray
 ) -> None:
-    """Refuses covariates that still hold the treatment or the outcome, by name and values."""
+    """Refuses a covariate with the name of the treatment or the outcome that says the same.
+
+    Also in other units, rounded to float32, or with two values coded in another way.
+    """
     name = str(_own_name(values))
-    if name in columns and np.array_equal(read_cells(columns[name], f"column {name!r}")[0], read):
+    if name not in columns:
+        return
+    cells, _ = read_cells(columns[name], f"column {name!r}")
+    with np.errstate(invalid="ignore"):  # of a constant
+        alike = abs(np.corrcoef(cells, read)[0, 1])
+    if alike > 1 - 1e-9:
         raise TableError(
             f"X holds the {role} as its column {name!r}: leave it out, as by "
             f"X.drop(columns={name!r})."

@@ -344,8 +344,15 @@ class TestRefused:
         X = data.drop(columns="drug")
         with pytest.raises(TableError, match=r"the outcome y as .* X\.drop\(columns='kg'\)"):
             fit(X, t, y)
+        # Also where they are coded or rounded in another way.
+        for column in (1 + T, np.where(T == 1, "a", "b"), np.float32(T)):
+            with pytest.raises(TableError, match="X holds the treatment t as its column 'drug'"):
+                fit(data.assign(drug=column), t, y)
+        with pytest.raises(TableError, match="X holds the outcome y as its column 'kg'"):
+            fit(X.assign(kg=np.float32(1000 * Y)), t, y)
         # The same name for other values, such as an earlier measurement, and other names are fine.
-        fit(X.assign(kg=Y - 1, age=Y), t, y)
+        fit(X.assign(kg=Y**2, age=Y), t, y)
+        fit(X.assign(kg=1.0), t, y)
         fit(X, T, Y)
 
     def test_rows_in_another_order(self) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 try:
+    from matplotlib import rc_context
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 except ImportError as error:
@@ -18,8 +19,9 @@ except ImportError as error:
 if TYPE_CHECKING:
     from dopfn_jax.estimators import DoPFNRegressor
 
-# The outcome's density is averaged over so many rows.
+# Densities of the outcome are of so many rows, and so many quantiles of each.
 _DENSITY_ROWS = 512
+_QUANTILES = 100
 _COLOURS = ("tab:blue", "tab:orange")
 
 
@@ -30,6 +32,7 @@ def check_format(path: Path) -> None:
         raise ValueError(f"--plot {path}: the name must end in one of {', '.join(sorted(known))}.")
 
 
+@rc_context({"text.parse_math": False})  # names of columns may hold dollars
 def draw_effects(
     model: "DoPFNRegressor",
     X: pd.DataFrame,
@@ -92,10 +95,13 @@ def _draw_outcomes(axes: Axes, model: "DoPFNRegressor", X: pd.DataFrame, outcome
         axes.bar(["do(0)", "do(1)"], shares, color=_COLOURS)
         axes.set(title="Predicted outcomes", ylabel=f"P({outcome} = 1)", ylim=(0, 1))
         return
-    answers = [model.predict_distribution(some, arm).average() for arm in (0, 1)]
-    ends = [np.asarray(answer.quantile(np.array([0.005, 0.995]))) for answer in answers]
-    grid = np.linspace(np.min(ends), np.max(ends), 400, dtype=np.float32)
-    for arm, (answer, colour) in enumerate(zip(answers, _COLOURS, strict=True)):
-        axes.plot(grid, np.asarray(answer.prob(grid)), color=colour, label=f"do({arm})")
-    axes.set(title="Predicted outcomes", xlabel=outcome, ylabel="density", ylim=(0, None))
+    levels = ((np.arange(_QUANTILES) + 0.5) / _QUANTILES).tolist()
+    # Equally likely outcomes of each arm, in float64: theirs may lie far from zero.
+    arms = [model.predict(some, arm, "quantiles", levels).ravel() for arm in (0, 1)]
+    ends = np.quantile(arms, [0.005, 0.995])
+    bins = np.linspace(ends[0], ends[1], 61).tolist()
+    for arm, (outcomes, colour) in enumerate(zip(arms, _COLOURS, strict=True)):
+        label = f"do({arm})"
+        axes.hist(outcomes, bins, density=True, histtype="step", color=colour, label=label)
+    axes.set(title="Predicted outcomes", xlabel=outcome, ylabel="density")
     axes.legend(frameon=False)

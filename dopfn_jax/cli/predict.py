@@ -8,7 +8,8 @@ and the quantiles are left out.
 
 Treatment and outcome must be numeric columns without empty cells, the treatment 0 or 1. Covariates
 must have been measured BEFORE the treatment; they may be text and may have empty cells. Dates, and
-numbers with signs such as "$1,000", have to become plain numbers first.
+numbers with signs such as "$1,000", have to become plain numbers first. For 1;2,5 instead of 1,2.5
+pass --separator ';' --decimal ,
 
 The intervals say how much the estimates vary with the rows that happened to be sampled. They do not
 cover confounders that the table lacks. Read the warnings, of arms that hardly overlap for example.
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     which.add_argument("--no-covariates", action="store_true", help="use no other column")
     add("--separator", default=",", metavar="CHAR", help="between cells (default: a comma)")
+    add("--decimal", default=".", metavar="CHAR", help="decimal sign of numbers (default: a point)")
     add("--checkpoint", help="weights: a name of `dopfn-jax info`, a folder, or hf:OWNER/NAME")
     add("--output", type=Path, help="CSV file to write (default: NAME_effects.csv, here)")
     add("--alpha", type=float, default=0.05, help="1 - level of the intervals (default: 0.05)")
@@ -104,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
     _check_files(options, output)
     if not 0 < options.alpha < 1:
         raise ValueError(f"--alpha {options.alpha}: must lie between 0 and 1.")
-    table = _read(options.data, options.separator)
+    table = _read(options.data, options.separator, options.decimal)
     for option in ("treatment", "outcome"):
         _check_column(table, getattr(options, option), f"--{option}")
     t, y = table[options.treatment], table[options.outcome]
@@ -124,13 +126,8 @@ def run(options: argparse.Namespace) -> None:
     say("answering for every row")
     effects = _effects(model, X)
     _write(effects, output)
-    if options.plot is not None:
-        from dopfn_jax.cli.figures import draw_effects
-
-        say("drawing")
-        figure = draw_effects(model, X, effects["cate"], y.name, options.plot_covariate)
-        figure.savefig(options.plot, dpi=150)
     files = {"effects_file": str(output), "plot": options.plot and str(options.plot)}
+    # What took minutes is told before anything can go wrong with a figure.
     if options.json:
         print(json.dumps({**summary.to_dict(), **files}, indent=2))
     else:
@@ -138,6 +135,12 @@ def run(options: argparse.Namespace) -> None:
         print(
             *(f"{name.replace('_', ' ')}: {file}" for name, file in files.items() if file), sep="\n"
         )
+    if options.plot is not None:
+        from dopfn_jax.cli.figures import draw_effects
+
+        say("drawing")
+        figure = draw_effects(model, X, effects["cate"], y.name, options.plot_covariate)
+        figure.savefig(options.plot, dpi=150)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -202,33 +205,41 @@ def _check_files(options: argparse.Namespace, output: Path) -> None:
         check_format(options.plot)
 
 
-def _read(path: Path, separator: str) -> "pd.DataFrame":
+def _read(path: Path, separator: str, decimal: str) -> "pd.DataFrame":
     import pandas as pd
 
-    if len(separator) != 1:
-        raise ValueError(f"--separator {separator!r}: must be a single character.")
+    for option, sign in (("--separator", separator), ("--decimal", decimal)):
+        if len(sign) != 1:
+            raise ValueError(f"{option} {sign!r}: must be a single character.")
+    if separator == decimal:
+        raise ValueError(f"--decimal {decimal!r}: is the separator too; name another by either.")
     try:
         first = pd.read_csv(path, header=None, nrows=1, dtype=str, sep=separator).iloc[0]
         names = first.dropna()
+        _check_separator(path, list(names), separator)
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
             # Else pandas takes the first column as labels where rows are longer than the names.
-            table = pd.read_csv(path, index_col=False, sep=separator)
+            table = pd.read_csv(path, index_col=False, sep=separator, decimal=decimal)
     except pd.errors.ParserWarning as error:
         raise ValueError(
             f"{path}: its rows have more cells than the line of names: name the first column if it "
             "has none, or quote cells that hold a comma."
         ) from error
-    except ValueError as error:  # empty, ragged, or no text
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: is no CSV table ({error}).") from error
     for name in names[names.duplicated()]:
         raise ValueError(f"{path}: has more than one column {name!r}: rename or drop one.")
+    return table
+
+
+def _check_separator(path: Path, names: list[str], separator: str) -> None:
+    """Refuses a line of names that another separator would part."""
     others = {";": "--separator ';'", "\t": "--separator $'\\t'", "|": "--separator '|'"}
     if len(names) == 1 and separator not in others:
         for other, remedy in others.items():
-            if other in names.iloc[0]:
-                raise ValueError(f"{path}: has a single column, {names.iloc[0]!r}: add {remedy}.")
-    return table
+            if other in names[0]:
+                raise ValueError(f"{path}: has a single column, {names[0]!r}: add {remedy}.")
 
 
 def _check_column(table: "pd.DataFrame", name: str, option: str) -> None:

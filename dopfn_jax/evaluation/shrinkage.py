@@ -23,7 +23,8 @@ from dopfn_jax.wide.task import sample_wide_tasks
 COVARIATES = (4, 12)
 # True effects below this many standard deviations of y are also looked at alone.
 SMALL = 0.5
-_QUERIES = 64
+# So many that differences among effects hardly move their average.
+_QUERIES = 512
 _BATCH = 8
 _SOME, _MUCH = (0.7, 1.5), (2.0, 4.0)
 _RANDOMISED: dict[str, Any] = {"assignments": ("coin",), "treated_rate": (0.3, 0.7)}

@@ -81,6 +81,18 @@ def test_other_separators(run) -> None:
         assert code == 2 and f"add --separator {'$' * (separator != ';')}'" in errors
 
 
+def test_decimal_commas(run) -> None:
+    table = pd.read_csv("trial.csv").drop(columns="dose, mg")
+    expected = run("--exclude", "day", "dose, mg")[1]
+    table.to_csv("other.csv", index=False, sep=";", decimal=",")
+    code, _, errors = run("--exclude", "day", data="other.csv")
+    assert code == 2 and "other.csv: has a single column, 'drug;weight;age;sex;day': add" in errors
+    dialect = ("--separator", ";", "--decimal", ",")
+    code, printed, _ = run("--exclude", "day", *dialect, data="other.csv")
+    assert code == 0
+    assert printed.replace("other", "trial") == expected
+
+
 def test_only_its_own_files_are_written_over(run, folder) -> None:
     effects = folder / "trial_effects.csv"
     assert run("--covariates", "age")[0] == 0
@@ -156,6 +168,19 @@ def test_figures(run, folder, arguments: list[str]) -> None:
     assert (folder / "effects.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_figures_of_outcomes_far_from_zero_and_of_names_with_dollars(run, folder) -> None:
+    pytest.importorskip("matplotlib")
+    table = pd.read_csv("trial.csv")[["drug", "weight", "age"]]
+    table["weight"] += 1e7
+    table.rename(columns={"weight": "$ and $\\x", "age": "age, $ to $\\y"}).to_csv(
+        "far.csv", index=False
+    )
+    code, printed, errors = run("--outcome", "$ and $\\x", "--plot", "far.png", data="far.csv")
+    assert (code, errors) == (0, "")
+    assert printed.startswith("far.csv: 16 rows")
+    assert (folder / "far.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_binary_outcome_gives_probabilities(run) -> None:
     table = pd.read_csv("trial.csv")
     table.assign(cured=(table["weight"] > 70).astype(int)).to_csv("trial.csv", index=False)
@@ -202,6 +227,8 @@ def test_without_covariates_all_rows_have_the_same_effect(run, folder) -> None:
         (["--exclude", "size"], "--exclude 'size': no such column; the columns are"),
         (["--exclude", "weight"], "--exclude 'weight': is the treatment or the outcome already"),
         (["--separator", "::"], "--separator '::': must be a single character"),
+        (["--decimal", "point"], "--decimal 'point': must be a single character"),
+        (["--decimal", ","], "--decimal ',': is the separator too"),
         (["--treatment", "drugs"], "--treatment 'drugs': no such column"),
         (["--outcome", "drug"], "'drug' cannot be both the treatment and the outcome"),
         (["--treatment", "age", "--no-covariates"], "treatment 'age' must hold 0 and 1"),
