@@ -81,9 +81,20 @@ def sample_tasks(
     rows: int,
     context: tuple[int, int],
     potential_outcomes: bool = False,
+    at_once: int | None = None,
 ) -> Task:
-    """A batch of independent tasks, an SCM each: `sample_task` over (B,) keys."""
-    return jax.vmap(lambda key: sample_task(key, prior, rows, context, potential_outcomes))(keys)
+    """A batch of independent tasks, an SCM each: `sample_task` over (B,) keys.
+
+    With `at_once` so many are drawn together, one group after another: values of a group that fit
+    a processor's cache are faster than more.
+    """
+
+    def sample(key: jax.Array) -> Task:
+        return sample_task(key, prior, rows, context, potential_outcomes)
+
+    if at_once is None or at_once >= len(keys):
+        return jax.vmap(sample)(keys)
+    return jax.lax.map(sample, keys, batch_size=at_once)
 
 
 def sample_task(
@@ -226,7 +237,10 @@ def _integer(draw: jax.Array, low: jax.Array | int, high: jax.Array | int) -> ja
 
 def _choose(draws: jax.Array, candidates: jax.Array) -> jax.Array:
     """Index of a uniform choice from the True entries of a (K,) mask, by K draws from [0, 1)."""
-    return jnp.argmax(jnp.where(candidates, draws, -1.0)).astype(jnp.int32)
+    draws = jnp.where(candidates, draws, -1.0)
+    # As argmax, which processors take three times as long for.
+    place = jnp.arange(len(draws), dtype=jnp.int32)
+    return jnp.where(draws == draws.max(), place, len(draws) - 1).min()
 
 
 def _case_study_graph(name: str) -> tuple[jax.Array, jax.Array, Roles]:

@@ -27,6 +27,8 @@ from dopfn_jax.wide.task import sample_wide_tasks
 # Streams of the run's key that are not training steps.
 _INIT_STREAM, _BORDER_STREAM = 2**31 - 1, 2**31 - 2
 _BORDER_TASKS = 1024
+# Node values of the tasks that a processor draws at once: 1 MB of float32, about its cache.
+_CACHED_VALUES = 2**18
 # Held-out tasks are the same for every run of a prior, whatever its seed.
 _VALIDATION_SEED = 20_250_606
 
@@ -371,10 +373,22 @@ def sample_batch(
             return sample_wide_tasks(
                 keys, prior, rows, context, shape.covariates, potential_outcomes, outcome_draws
             )
-        return sample_tasks(keys, prior, rows, context, potential_outcomes)
+        at_once = _tasks_at_once(local, prior.nodes * rows) if on_cpu else None
+        return sample_tasks(keys, prior, rows, context, potential_outcomes, at_once)
 
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
     sample = jax.shard_map(sample_local, mesh=mesh, in_specs=P(), out_specs=P("data"))
     return jax.jit(sample)(key, jnp.asarray(first))
+
+
+def _tasks_at_once(tasks: int, values: int) -> int | None:
+    """Into groups of how many to part tasks of so many node values each; None for a single group.
+
+    All groups are equal, and none is of one task, whose rounding is another one.
+    """
+    most = _CACHED_VALUES // values
+    groups = (size for size in range(2, most + 1) if tasks % size == 0)
+    return None if tasks <= most else max(groups, default=None)
 
 
 def shape_of_step(shapes: tuple[TableShape, ...], seed: int, step: int) -> TableShape:

@@ -43,6 +43,14 @@ def test_a_task_is_a_function_of_its_key(preset_tasks):
     assert len(np.unique(task.context_y[task.valid][:, 0])) > 0.98 * task.valid.sum()
 
 
+def test_groups_draw_the_same_tasks(preset_tasks):
+    keys, task = preset_tasks
+    in_groups = jax.jit(lambda keys: sample_tasks(keys, *PRESET, at_once=16))(keys[:40])
+    for name, value in floats(in_groups).items():
+        expected = getattr(task, name)[:40]
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 def test_the_smallest_prior_has_tables_without_covariates():
     prior = PriorConfig(min_nodes=2, max_nodes=2)
     task = jax.eval_shape(lambda key: sample_task(key, prior, 20, (5, 12)), jax.random.key(0))
