@@ -31,6 +31,9 @@ def group_rows(by: By, x: NDArray[np.float32], schema: Schema) -> dict[object, N
             raise TableError(f"by is {by!r}, but the covariates are {known}; or pass labels.")
         position = known.index(name)
         labels = pd.Series(schema.decode(x, position)).infer_objects()
+        categories = schema.columns[position].categories
+        if categories is not None:  # which have an order of their own
+            labels = labels.astype(pd.CategoricalDtype(list(categories)))
     else:
         if isinstance(by, pd.DataFrame) and by.shape[1] == 1:
             by = by.iloc[:, 0]

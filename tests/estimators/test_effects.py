@@ -64,6 +64,14 @@ class TestVocabulary:
         labels = DoPFNRegressor(checkpoint).fit(X, t, y).ate(by="dose").index
         np.testing.assert_allclose(labels, values, rtol=1e-7)
 
+    def test_levels_of_an_order_keep_it(self, checkpoint) -> None:
+        X, t, y = table()
+        doses = pd.Categorical(["low", "mid", "high", None] * 4, ["low", "mid", "high"], True)
+        model = DoPFNRegressor(checkpoint).fit(X.assign(dose=doses), t, y)
+        effects = model.ate(by="dose")
+        assert effects.index.tolist()[:3] == ["low", "mid", "high"] and len(effects) == 4
+        assert effects["mid"] == pytest.approx(model.cate()[doses == "mid"].mean())
+
     def test_missing_labels_are_no_text(self, fitted) -> None:
         labels = ["a", "b", "a", np.nan] * 4
         assert fitted.ate(by=labels).index[:2].tolist() == ["a", "b"]
