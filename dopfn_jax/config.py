@@ -345,6 +345,8 @@ class TrainingConfig:
     # Weight of the loss of effects beside the negative log-likelihood. Above 0, half as many query
     # rows are asked about, each under both treatments.
     effect_weight: float = 0.0
+    # Weight of the loss of each task's average effect; needs `effect_weight` above 0.
+    average_effect_weight: float = 0.0
     # Outcomes per query row of the wide prior that the likelihood averages over, each with its own
     # draw of the outcome's noise: the same loss on average, with less noise in its gradient.
     outcome_draws: int = 1
@@ -372,7 +374,13 @@ class TrainingConfig:
         _require_at_least(self, 0, "seed", "warmup_steps", "validate_every", "weight_decay")
         # Of a larger one JAX would take the last 32 bits, which may be another's.
         _require(self.seed < 2**32, "seed", self.seed, "must be below 2 ** 32")
-        _require_at_least(self, 0, "checkpoint_minutes", "effect_weight")
+        _require_at_least(self, 0, "checkpoint_minutes", "effect_weight", "average_effect_weight")
+        _require(
+            self.effect_weight > 0 or not self.average_effect_weight,
+            "average_effect_weight",
+            self.average_effect_weight,
+            "needs effect_weight above 0, for which rows are asked under both treatments",
+        )
         _require_positive(self, "learning_rate", "clip_norm")
         for shape in self.shapes:
             _require(

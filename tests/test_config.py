@@ -74,6 +74,7 @@ EVERYTHING = Config(
         seed=3,
         shapes=(TableShape(20, (2, 5), 3), TableShape(40, (6, 39), 1, 0.5, (2, 7), 9)),
         effect_weight=0.5,
+        average_effect_weight=0.25,
         outcome_draws=4,
         accumulate=2,
         optimizer="muon",
@@ -257,6 +258,12 @@ def test_a_case_study_fixes_the_sizes_of_the_arrays():
         ),
         ({"training": {"shapes": [SHAPE | {"weight": 0}]}}, "shapes[0].weight", "0.0", "positive"),
         ({"training": {"effect_weight": -1}}, "training.effect_weight", "-1.0", "0 or more"),
+        (
+            {"training": {"average_effect_weight": 1}},
+            "training.average_effect_weight",
+            "1.0",
+            "needs effect_weight above 0",
+        ),
         ({"training": {"weight_decay": math.inf}}, "training.weight_decay", "inf", "and finite"),
         ({"training": {"seed": 2**32}}, "training.seed", "4294967296", "below 2 ** 32"),
         (

@@ -16,6 +16,8 @@ from dopfn_jax.prior import Task
 TARGET_LIMIT = 60.0
 # Errors of effects count linearly beyond as many predicted standard deviations.
 EFFECT_LIMIT = 3.0
+# Average effects need be no more exact than this, in standard deviations of y.
+EFFECT_TOLERANCE = 0.05
 
 
 def ask_both_arms(task: Task, rows: int) -> Task:
@@ -63,12 +65,17 @@ class Score:
         error: (B, M) the mean less the target, or less the mean of its draws.
         variance: (B, M) that the model predicts.
         weight: (B, M) 1, or 0 where the row or its task is masked.
+        query_t: (B, M) the treatment that was asked about.
+        per_noise: (B, 1) variance of a difference in means of the context's arms, where noise has
+            variance 1.
     """
 
     log_likelihood: jax.Array
     error: jax.Array
     variance: jax.Array
     weight: jax.Array
+    query_t: jax.Array
+    per_noise: jax.Array
 
     @property
     def total(self) -> jax.Array:
@@ -86,7 +93,9 @@ class Score:
 
         The noise that a unit has under either treatment alike is in neither of them.
         """
-        return self.error[:, : self.error.shape[1] // 2] - self.error[:, self.error.shape[1] // 2 :]
+        half = self.error.shape[1] // 2
+        sign = jnp.where(self.query_t[:, :half] > 0.5, 1.0, -1.0)
+        return sign * (self.error[:, :half] - self.error[:, half:])
 
     @property
     def effect_total(self) -> jax.Array:
@@ -95,12 +104,31 @@ class Score:
         The unit is not trained by it, so that the conditional mean of the effect has the least
         loss but for what lies beyond EFFECT_LIMIT.
         """
-        half = self.error.shape[1] // 2
-        spread = jnp.sqrt((self.variance[:, :half] + self.variance[:, half:]) / 2)
-        errors = self.effect_error / jax.lax.stop_gradient(spread)
-        return (
-            2 * (optax.losses.huber_loss(errors, delta=EFFECT_LIMIT) * self.weight[:, :half]).sum()
+        errors = self.effect_error / jnp.sqrt(self._noise)
+        weight = self.weight[:, : errors.shape[1]]
+        return 2 * (optax.losses.huber_loss(errors, delta=EFFECT_LIMIT) * weight).sum()
+
+    @property
+    def average_effect_total(self) -> jax.Array:
+        """Sum over rows of the Huber loss of their task's average effect, ().
+
+        In standard errors that a difference in means would have, or EFFECT_TOLERANCE: so, other
+        than in `effect_total`, tasks that are mostly noise count as much as others.
+        """
+        weight = self.weight[:, : self.error.shape[1] // 2]
+        rows = weight.sum(axis=1)
+        error, noise = (
+            (values * weight).sum(axis=1) / jnp.maximum(rows, 1.0)
+            for values in (self.effect_error, self._noise)
         )
+        errors = error / jnp.sqrt(EFFECT_TOLERANCE**2 + noise * self.per_noise[:, 0])
+        return 2 * (optax.losses.huber_loss(errors, delta=EFFECT_LIMIT) * rows).sum()
+
+    @property
+    def _noise(self) -> jax.Array:
+        """Predicted variance, mean of both arms, (B, M / 2); errors do not train it."""
+        half = self.error.shape[1] // 2
+        return jax.lax.stop_gradient((self.variance[:, :half] + self.variance[:, half:]) / 2)
 
 
 def answer(model: DoPFN, task: Task) -> tuple[jax.Array, Scaler]:
@@ -124,10 +152,14 @@ def score(model: DoPFN, task: Task) -> Score:
     if task.query_draws is not None:
         draws = jax.vmap(scaler.outcome, in_axes=1)(task.query_draws)
         targets = jnp.concatenate([targets, draws])
+    treated = (task.context_mask & (task.context_t > 0.5)).sum(axis=1, keepdims=True)
+    controls = task.context_mask.sum(axis=1, keepdims=True) - treated
     limited = jnp.clip(targets, -TARGET_LIMIT, TARGET_LIMIT)
     return Score(
         log_likelihood=prediction.log_prob(limited).mean(axis=0),
         error=prediction.mean - targets.mean(axis=0),
         variance=prediction.variance,
         weight=(task.query_mask & task.valid[:, None]).astype(jnp.float32),
+        query_t=task.query_t,
+        per_noise=1.0 / jnp.maximum(treated, 1) + 1.0 / jnp.maximum(controls, 1),
     )

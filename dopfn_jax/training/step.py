@@ -263,19 +263,22 @@ class Trainer:
         part = dataclasses.replace(shape, tasks=shape.tasks // parts)
 
         def of_part(first: jax.Array | int) -> _Sums:
-            effect_weight, prior = self.config.training.effect_weight, self.config.prior_of(part)
-            draws = self.config.training.outcome_draws
-            task = sample_batch(key, prior, part, self.mesh, first, effect_weight > 0, draws)
-            if effect_weight:
+            training, prior = self.config.training, self.config.prior_of(part)
+            both, draws = training.effect_weight > 0, training.outcome_draws
+            task = sample_batch(key, prior, part, self.mesh, first, both, draws)
+            if both:
                 task = ask_both_arms(task, task.query_t.shape[1] // 2)
 
             def loss_of(params: nnx.State) -> tuple[jax.Array, Score]:
                 # Left to itself, the compiler would rather gather activations, which are larger.
                 params = jax.lax.with_sharding_constraint(params, self._gathered)
                 scored = score(nnx.merge(self.graphdef, params, state.constants), task)
-                if not effect_weight:
-                    return scored.total, scored
-                return scored.total + effect_weight * scored.effect_total, scored
+                total = scored.total
+                if both:
+                    total += training.effect_weight * scored.effect_total
+                if training.average_effect_weight:
+                    total += training.average_effect_weight * scored.average_effect_total
+                return total, scored
 
             (_, scored), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
             gradient = jax.lax.with_sharding_constraint(gradient, self.shardings.params)

@@ -13,7 +13,7 @@ from dopfn_jax.model.transformer import DoPFN
 from dopfn_jax.prior import Task
 from dopfn_jax.sharding import MeshError
 from dopfn_jax.training.optimizer import make_optimizer
-from dopfn_jax.training.score import EFFECT_LIMIT, Score, ask_both_arms, score
+from dopfn_jax.training.score import EFFECT_LIMIT, EFFECT_TOLERANCE, Score, ask_both_arms, score
 from dopfn_jax.training.step import Trainer, TrainState, sample_batch, shape_of_step
 
 
@@ -337,7 +337,8 @@ def test_the_effect_loss_is_of_differences_in_predicted_standard_deviations() ->
     error = jnp.array([[0.5, 7.0, 3.0, 0.3, 7.0, 99.0]])
     variance = jnp.array([[0.01, 1.0, 1.0, 0.03, 1.0, 1.0]])
     weight = jnp.array([[1.0, 1.0, 0.0] * 2])
-    scored = Score(jnp.zeros((1, 6)), error, variance, weight)
+    query_t = jnp.array([[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]])
+    scored = Score(jnp.zeros((1, 6)), error, variance, weight, query_t, jnp.ones((1, 1)))
     np.testing.assert_allclose(scored.effect_error, [[0.2, 0.0, -96.0]], rtol=1e-6)
     # The first pair's distributions have a mean variance of 0.02; the second errs alike in both
     # arms; the third is masked. A pair stands for two rows.
@@ -372,13 +373,45 @@ def test_the_likelihood_of_several_draws_is_their_mean(trainer: Trainer) -> None
     )
 
 
+def test_the_loss_of_average_effects_is_in_standard_errors() -> None:
+    # Rows one and two, asked under treatment 1 and 0 first, err by 0.2 and 0.4; three is masked.
+    error = jnp.array([[0.3, 0.1, 9.0, 0.1, 0.5, 0.0]])
+    query_t = jnp.array([[1.0, 0.0, 1.0, 0.0, 1.0, 0.0]])
+    weight = jnp.array([[1.0, 1.0, 0.0] * 2])
+    variance = jnp.array([[0.5, 0.9, 7.0, 0.7, 1.1, 7.0]])  # 0.8 on average
+    scored = Score(jnp.zeros((1, 6)), error, variance, weight, query_t, jnp.array([[0.05]]))
+    expected = 2 * 2 * 0.5 * 0.3**2 / (EFFECT_TOLERANCE**2 + 0.8 * 0.05)
+    assert float(scored.average_effect_total) == pytest.approx(expected)
+    # Errors that cancel are none.
+    opposed = dataclasses.replace(scored, error=error.at[0, 1].set(0.7))
+    assert float(opposed.average_effect_total) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_noise_of_a_context_is_that_of_its_arms(
+    trainer: Trainer, fresh: Callable[..., TrainState]
+) -> None:
+    shape, state = trainer.config.training.shapes[0], fresh()
+    task = sample_batch(
+        jax.random.key(3), trainer.config.prior, shape, trainer.mesh, potential_outcomes=True
+    )
+    scored = score(nnx.merge(trainer.graphdef, state.params, state.constants), task)
+    mask, treated = np.asarray(task.context_mask), np.asarray(task.context_t) > 0.5
+    for b in np.flatnonzero(task.valid):
+        ones = int((mask[b] & treated[b]).sum())
+        expected = 1 / ones + 1 / (int(mask[b].sum()) - ones)
+        assert float(scored.per_noise[b, 0]) == pytest.approx(expected)
+    np.testing.assert_array_equal(scored.query_t, task.query_t)
+
+
 @pytest.mark.slow
 def test_the_loss_of_effects_is_in_the_gradient_but_not_in_the_log(
     trainer: Trainer, fresh: Callable[..., TrainState]
 ) -> None:
     shape, found = trainer.config.training.shapes[0], []
-    for weight in (1.0, 3.0):
-        training = dataclasses.replace(trainer.config.training, effect_weight=weight)
+    for weight, average in ((1.0, 0.0), (3.0, 0.0), (1.0, 3.0)):
+        training = dataclasses.replace(
+            trainer.config.training, effect_weight=weight, average_effect_weight=average
+        )
         paired = Trainer(dataclasses.replace(trainer.config, training=training), trainer.mesh)
         found.append(paired.step(fresh(), shape)[1])
     before, prior = fresh(), trainer.config.prior
@@ -387,6 +420,6 @@ def test_the_loss_of_effects_is_in_the_gradient_but_not_in_the_log(
     task = ask_both_arms(task, task.query_t.shape[1] // 2)
     model = nnx.merge(trainer.graphdef, before.params, before.constants)
     loss = float(nnx.jit(score)(model, task).loss)
-    assert [float(metrics.loss) for metrics in found] == pytest.approx([loss] * 2, rel=1e-4)
-    low, high = (float(metrics.gradient_norm) for metrics in found)
-    assert abs(high / low - 1) > 0.01
+    assert [float(metrics.loss) for metrics in found] == pytest.approx([loss] * 3, rel=1e-4)
+    low, *others = (float(metrics.gradient_norm) for metrics in found)
+    assert all(abs(other / low - 1) > 0.01 for other in others)
