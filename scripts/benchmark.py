@@ -139,7 +139,8 @@ def _measure(question: str, options: argparse.Namespace) -> "Iterator[Measuremen
     from dopfn_jax.benchmarks.timing import Absent
     from dopfn_jax.training.host import keep_freed_memory
 
-    keep_freed_memory()
+    if question != "inference":  # as `scripts/train.py` does, and users' own processes do not
+        keep_freed_memory()
     module = importlib.import_module(f"dopfn_jax.benchmarks.{question}")
     sizes, repetitions = getattr(module, options.size.upper()), REPETITIONS[options.size]
     more = {"published": options.published} if question == "prior" else {}
