@@ -29,7 +29,7 @@ _LOOP_TASKS = 256
 class Setting:
     """Sizes of a batch. All units are observed, and nearly all of them also intervened on."""
 
-    batch: int = 256
+    batch: int = 1024
     rows: int = 1000
     nodes: int = 7
     families: tuple[str, ...] = ("gaussian",)
@@ -58,7 +58,7 @@ class Setting:
 # The first is the one that targets are about: 1,000 rows and 5 covariates.
 FULL = (
     Setting(),
-    *(Setting(batch=batch) for batch in (1, 16, 1024)),
+    *(Setting(batch=batch) for batch in (1, 16, 256)),
     *(Setting(rows=rows) for rows in (100, 2200)),
     *(Setting(nodes=nodes) for nodes in (4, 12)),
     Setting(families=NOISE_FAMILIES),

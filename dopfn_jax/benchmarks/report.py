@@ -219,7 +219,7 @@ class _Target(NamedTuple):
 
 _TARGETS = (
     _Target(
-        "prior, 1,000 rows x 5 covariates: 2 times the NumPy loop on all cores",
+        "prior, 1,024 tasks of 1,000 rows x 5 covariates: 2 times the NumPy loop on all cores",
         ge,
         2,
         lambda rows: _sampler(rows, prior.LOOP),
