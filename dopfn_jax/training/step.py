@@ -367,6 +367,7 @@ def sample_batch(
     wide prior has more than one of `outcome_draws`.
     """
     local = shape.tasks // mesh.shape["data"]
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def sample_local(key: jax.Array, first: jax.Array) -> Task:
         index = first + jax.lax.axis_index("data") * local + jnp.arange(local)
@@ -379,7 +380,6 @@ def sample_batch(
         at_once = _tasks_at_once(local, prior.nodes * rows) if on_cpu else None
         return sample_tasks(keys, prior, rows, context, potential_outcomes, at_once)
 
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
     sample = jax.shard_map(sample_local, mesh=mesh, in_specs=P(), out_specs=P("data"))
     return jax.jit(sample)(key, jnp.asarray(first))
 

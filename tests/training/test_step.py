@@ -14,7 +14,13 @@ from dopfn_jax.prior import Task
 from dopfn_jax.sharding import MeshError
 from dopfn_jax.training.optimizer import make_optimizer
 from dopfn_jax.training.score import EFFECT_LIMIT, EFFECT_TOLERANCE, Score, ask_both_arms, score
-from dopfn_jax.training.step import Trainer, TrainState, sample_batch, shape_of_step
+from dopfn_jax.training.step import (
+    Trainer,
+    TrainState,
+    _tasks_at_once,
+    sample_batch,
+    shape_of_step,
+)
 
 
 def same_bits(a: object, b: object) -> bool:
@@ -385,6 +391,16 @@ def test_the_loss_of_average_effects_is_in_standard_errors() -> None:
     # Errors that cancel are none.
     opposed = dataclasses.replace(scored, error=error.at[0, 1].set(0.7))
     assert float(opposed.average_effect_total) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "values", "expected"),
+    [(128, 7000, 32), (48, 576, None), (37, 7000, None), (7, 60_000, None), (128, 2**20, None)],
+)
+def test_groups_fit_the_cache_are_equal_and_never_single_tasks(
+    tasks: int, values: int, expected: int | None
+) -> None:
+    assert _tasks_at_once(tasks, values) == expected
 
 
 def test_the_noise_of_a_context_is_that_of_its_arms(
