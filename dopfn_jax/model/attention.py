@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# Keys and values of the tokens that are read, each (B, A, H, D / H, N): with the tokens last, a few
-# queries read them on a CPU in half the time that other orders take.
+# Keys (B, A, H, D / H, N) and values (B, A, H, N, D / H) of the tokens that are read: as the second
+# operands of their products stand, so that a few queries wait for no transposition on a CPU.
 KeysValues = tuple[jax.Array, jax.Array]
 
 # Added to the scores of tokens that do not exist. Fused kernels compute scores twice, and would
@@ -54,7 +54,7 @@ class Attention(nnx.Module):
     def keys_values(self, tokens: jax.Array) -> KeysValues:
         """Keys and values of (B, A, N, D) tokens."""
         keys, values = self._split_heads(self.key(tokens)), self._split_heads(self.value(tokens))
-        return jnp.moveaxis(keys, -3, -1), jnp.moveaxis(values, -3, -1)
+        return jnp.moveaxis(keys, -3, -1), jnp.moveaxis(values, -3, -2)
 
     def __call__(self, tokens: jax.Array, keys_values: KeysValues, mask: jax.Array) -> jax.Array:
         """What each token reads.
@@ -121,7 +121,7 @@ def attend_by_scores(
     Args:
         queries: (B, A, M, H, D / H).
         keys: (B, A, H, D / H, N).
-        values: the same shape.
+        values: (B, A, H, N, D / H).
         mask: (B, N) bool, tokens that exist.
 
     Returns:
@@ -156,9 +156,9 @@ def _attend_at_once(
     # Dividing what was read, not the weights, saves one more, and two in the backward pass.
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights.astype(values.dtype)
-    # Rows after heads, here and in the product above: with values or keys as the first operand a
-    # product takes a CPU half as long again, and so does its backward pass.
-    read = jnp.einsum("bahmn,bahdn->bahmd", weights, values, preferred_element_type=jnp.float32)
+    # Rows after heads, here and in the product above, and what is read as the second operand: with
+    # values or keys as the first a CPU takes half as long again, and so does the backward pass.
+    read = jnp.einsum("bahmn,bahnd->bahmd", weights, values, preferred_element_type=jnp.float32)
     return jnp.swapaxes(read / total, 2, 3).astype(values.dtype)
 
 
@@ -177,7 +177,7 @@ def attend_fused(
     """
     tasks, across, _, heads, width = queries.shape
     scale = width**-0.5
-    keys, values = jnp.moveaxis(keys, -1, -3), jnp.moveaxis(values, -1, -3)
+    keys, values = jnp.moveaxis(keys, -1, -3), jnp.moveaxis(values, -2, -3)
 
     def fold(array: jax.Array, extra: jax.Array | float) -> jax.Array:
         shape = (*array.shape[:-1], _CUDNN_STEP)

@@ -30,7 +30,7 @@ class EncodedContext:
         scaler: standardisation of covariates and outcome.
         columns: description of the columns.
         fit: regressions of the context, if the model reads them.
-        keys_values: of every layer, each (L, B, C, H, D / H, N).
+        keys_values: of every layer, (L, B, C, H, D / H, N) and (L, B, C, H, N, D / H).
         mask: (B, N) bool, context rows that exist.
     """
 

@@ -77,7 +77,8 @@ def test_finite_where_every_token_is_masked(attention: Attention, tokens):
 def test_keys_and_values_have_one_slice_per_head(attention: Attention, tokens):
     _, read, _ = tokens
     keys, values = attention.keys_values(jnp.asarray(read))
-    assert keys.shape == values.shape == (B, A, H, D // H, N)
+    assert keys.shape == (B, A, H, D // H, N)
+    assert values.shape == (B, A, H, N, D // H)
 
 
 def test_bfloat16_stays_close_and_keeps_its_parameters_in_float32(attention: Attention, tokens):
@@ -121,7 +122,7 @@ def test_the_fused_form_means_the_same():
     rng = np.random.default_rng(2)
     queries, keys, values = (
         rng.normal(size=shape).astype(np.float32)
-        for shape in ((B, A, M, H, 8), (B, A, H, 8, N), (B, A, H, 8, N))
+        for shape in ((B, A, M, H, 8), (B, A, H, 8, N), (B, A, H, N, 8))
     )
     mask = np.array([[True, False, True, True, False], [False] * N])
     weight = rng.normal(size=queries.shape).astype(np.float32)

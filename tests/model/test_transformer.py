@@ -229,7 +229,8 @@ class TestQueries:
         assert isinstance(encoded, EncodedContext)
         keys, values = encoded.keys_values
         tokens = {0: 1, 1: F + 2, 2: F // 2 + 2}[model.config.features_per_token]
-        assert keys.shape == values.shape == (2, B, tokens, 2, 16, N)
+        assert keys.shape == (2, B, tokens, 2, 16, N)
+        assert values.shape == (2, B, tokens, 2, N, 16)
 
     def test_do_not_read_each_other(self, model, task, answer):
         others = np.arange(M) != 2
