@@ -26,6 +26,8 @@ PANELS = (
     ("validation loss on the wide prior (nats)", ("wide_validation_loss",)),
     ("validation: median squared error of effects", ("validation_median_effect_mse",)),
     ("the same on the wide prior", ("wide_validation_median_effect_mse",)),
+    ("validation: loss of average effects", ("validation_average_effect_loss",)),
+    ("that loss on the wide prior", ("wide_validation_average_effect_loss",)),
     ("learning rate", ("learning_rate",)),
     ("tasks per second", ("tasks_per_second",)),
 )

@@ -168,9 +168,9 @@ class Trainer:
         )
 
     def validate(self, state: TrainState) -> dict[str, jax.Array]:
-        """Mean loss and median mean squared error on fixed held-out tasks, by the averaged weights.
+        """Mean loss and errors on fixed held-out tasks, by the averaged weights.
 
-        Both are of standardised y.
+        Of standardised y, the average effect's loss in squared standard errors.
         """
         with jax.set_mesh(self.mesh):
             return self._validate(state)
@@ -322,6 +322,8 @@ class Trainer:
         }
         if not observational:
             metrics[f"{name}_median_effect_mse"] = median(jnp.square(scored.effect_error))
+            asked_rows = jnp.maximum(asked.weight.sum(), 1.0)
+            metrics[f"{name}_average_effect_loss"] = scored.average_effect_total / asked_rows
         return metrics
 
 

@@ -46,6 +46,8 @@ def test_a_run_trains_on_both_priors_and_validates_on_each():
     assert np.isfinite(held_out["validation_loss"])
     assert np.isfinite(held_out["wide_validation_loss"])
     assert held_out["validation_loss"] != held_out["wide_validation_loss"]
+    losses = [held_out[f"{name}validation_average_effect_loss"] for name in ("", "wide_")]
+    assert losses[0] != losses[1] and min(losses) > 0
 
     task = sample_batch(jax.random.key(0), config.prior_of(WIDE), WIDE, trainer.mesh)
     assert task.context_x.shape == (4, 12, 7)
