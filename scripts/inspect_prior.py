@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from dopfn_jax.cli.csv_tables import add_dialect, check_column, read_table
 from dopfn_jax.config import Config, preset_names
 
 
@@ -58,10 +59,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--csv", type=Path, help="a table of your own, with a line of column names")
     add("--treatment", metavar="COL", help="its column of the treatment, 0 or 1")
     add("--outcome", metavar="COL", help="its column of the outcome")
+    add_dialect(parser)
     add("--output", type=Path, default=Path("prior"), help="folder to write to (default: prior)")
     add("overrides", nargs="*", metavar="section.field=value", help="changes to the config")
     options = parser.parse_intermixed_args(arguments)
-    others = ("rows", "csv", "treatment", "outcome", "output")
+    others = ("rows", "csv", "treatment", "outcome", "separator", "decimal", "output")
     given = [f"--{name}" for name in others if getattr(options, name) != parser.get_default(name)]
     if options.record and (given or options.overrides):
         parser.error(
@@ -136,17 +138,11 @@ def _record(options: argparse.Namespace) -> None:
 
 
 def _read(options: argparse.Namespace, most: int) -> Any:
-    import pandas as pd
-
     from dopfn_jax.tables import Schema
 
-    table = pd.read_csv(options.csv)
+    table = read_table(options.csv, options)
     for option in ("treatment", "outcome"):
-        name = getattr(options, option)
-        if name not in table:
-            raise ValueError(
-                f"--{option} {name}: not a column; there are {', '.join(map(str, table))}"
-            )
+        check_column(table, getattr(options, option), f"--{option}")
     covariates = table.drop(columns=[options.treatment, options.outcome])
     return Schema.fit(covariates, table[options.treatment], table[options.outcome], most)[1]
 

@@ -37,6 +37,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dopfn_jax.cli.csv_tables import add_dialect, check_column, read_table
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -69,8 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="columns to leave out, such as identifiers and what was measured after the treatment",
     )
     which.add_argument("--no-covariates", action="store_true", help="use no other column")
-    add("--separator", default=",", metavar="CHAR", help="between cells (default: a comma)")
-    add("--decimal", default=".", metavar="CHAR", help="decimal sign of numbers (default: a point)")
+    add_dialect(parser)
     add("--checkpoint", help="weights: a name of `dopfn-jax info`, a folder, or hf:OWNER/NAME")
     add("--output", type=Path, help="CSV file to write (default: NAME_effects.csv, here)")
     add("--alpha", type=float, default=0.05, help="1 - level of the intervals (default: 0.05)")
@@ -106,13 +107,13 @@ def run(options: argparse.Namespace) -> None:
     _check_files(options, output)
     if not 0 < options.alpha < 1:
         raise ValueError(f"--alpha {options.alpha}: must lie between 0 and 1.")
-    table = _read(options.data, options.separator, options.decimal)
+    table = read_table(options.data, options)
     for option in ("treatment", "outcome"):
-        _check_column(table, getattr(options, option), f"--{option}")
+        check_column(table, getattr(options, option), f"--{option}")
     t, y = table[options.treatment], table[options.outcome]
     X = table[_covariates(options, table)]
     if options.plot_covariate is not None:
-        _check_column(X, options.plot_covariate, "--plot-covariate")
+        check_column(X, options.plot_covariate, "--plot-covariate")
 
     keep_compiled_programs()
     say("reading the table into the model")
@@ -205,49 +206,6 @@ def _check_files(options: argparse.Namespace, output: Path) -> None:
         check_format(options.plot)
 
 
-def _read(path: Path, separator: str, decimal: str) -> "pd.DataFrame":
-    import pandas as pd
-
-    for option, sign in (("--separator", separator), ("--decimal", decimal)):
-        if len(sign) != 1:
-            raise ValueError(f"{option} {sign!r}: must be a single character.")
-    if separator == decimal:
-        raise ValueError(f"--decimal {decimal!r}: is the separator too; name another by either.")
-    try:
-        first = pd.read_csv(path, header=None, nrows=1, dtype=str, sep=separator).iloc[0]
-        names = first.dropna()
-        _check_separator(path, list(names), separator)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            # Else pandas takes the first column as labels where rows are longer than the names.
-            table = pd.read_csv(path, index_col=False, sep=separator, decimal=decimal)
-    except pd.errors.ParserWarning as error:
-        raise ValueError(
-            f"{path}: its rows have more cells than the line of names: name the first column if it "
-            "has none, or quote cells that hold a comma."
-        ) from error
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is no CSV table ({error}).") from error
-    for name in names[names.duplicated()]:
-        raise ValueError(f"{path}: has more than one column {name!r}: rename or drop one.")
-    return table
-
-
-def _check_separator(path: Path, names: list[str], separator: str) -> None:
-    """Refuses a line of names that another separator would part."""
-    others = {";": "--separator ';'", "\t": "--separator $'\\t'", "|": "--separator '|'"}
-    if len(names) == 1 and separator not in others:
-        for other, remedy in others.items():
-            if other in names[0]:
-                raise ValueError(f"{path}: has a single column, {names[0]!r}: add {remedy}.")
-
-
-def _check_column(table: "pd.DataFrame", name: str, option: str) -> None:
-    if name not in table.columns:
-        known = ", ".join(map(repr, table.columns))
-        raise ValueError(f"{option} {name!r}: no such column; the columns are {known}.")
-
-
 def _covariates(options: argparse.Namespace, table: "pd.DataFrame") -> list[str]:
     """Names of the covariates."""
     taken = (options.treatment, options.outcome)
@@ -270,7 +228,7 @@ def _named(
         # A comma may be part of a name.
         names += [word] if word in table.columns else filter(None, map(str.strip, word.split(",")))
     for name in names:
-        _check_column(table, name, option)
+        check_column(table, name, option)
         if name in taken:
             raise ValueError(f"{option} {name!r}: is the treatment or the outcome already.")
     return list(dict.fromkeys(names))

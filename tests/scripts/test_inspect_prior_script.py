@@ -42,7 +42,12 @@ def test_a_table_is_laid_beside_the_prior(table, tmp_path, capsys):
 def test_mistakes_are_named(table, capsys):
     arguments = [*QUICK, "--csv", str(table), "--treatment", "pill", "--outcome", "weight"]
     assert MAIN(arguments) == 2
-    assert "--treatment pill: not a column; there are drug, age" in capsys.readouterr().err
+    assert "--treatment 'pill': no such column; the columns are 'drug'" in capsys.readouterr().err
+    arguments = [*arguments[:-3], "drug", *arguments[-2:]]
+    other = table.with_name("other.csv")
+    other.write_text(table.read_text().replace(",", ";"))
+    assert MAIN([str(other) if word == str(table) else word for word in arguments]) == 2
+    assert "add --separator ';'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         MAIN([*QUICK, "--csv", str(table)])
     assert "name also its --treatment" in capsys.readouterr().err
