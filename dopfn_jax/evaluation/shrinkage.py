@@ -1,7 +1,9 @@
 """How far average effects are drawn towards zero among noise, by what a table may hide.
 
 Tables of the wide prior with continuous outcomes and no missing cells. If answers are calibrated,
-the regression of true average effects on them has slope 1; above 1, answers are too small.
+the regression of true average effects on them has slope 1; above 1, answers are too small. That
+holds of tables as often as the prior has them: where those that hide nothing look like some that
+do, calibrated answers are too small for the former and too large for the latter.
 """
 
 import dataclasses
@@ -54,6 +56,7 @@ KINDS = (
     Kind("nothing is hidden", _MUCH, 1200, _OPEN),
     Kind("all hide something", _MUCH, 1200, _OPEN | {"hidden_share": 1.0}),
     Kind("all have columns from after it", _MUCH, 1200, _OPEN | {"post_treatment_share": 1.0}),
+    Kind("of every kind, as often as in the prior", _MUCH, 1200, {}),
 )
 
 
